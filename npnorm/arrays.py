@@ -1,0 +1,124 @@
+"""The array module behind an array: NumPy, CuPy, or any library that follows the array API standard.
+
+The layers use operators, and functions of the array API standard that NumPy and CuPy share. This is the only file
+that names CuPy, and it never imports it: a CuPy array cannot exist unless CuPy is already loaded.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+Array = Any
+"""An array of any module that `array_module` knows."""
+
+
+def array_module(x: Array) -> Any:
+    """Return the module whose functions work on `x`.
+
+    Examples
+    --------
+    >>> array_module(np.ones(3)) is np
+    True
+    """
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np
+    cupy: Any = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return cupy
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    raise TypeError(
+        f"npnorm works on arrays of NumPy, CuPy or the array API standard; a {type(x).__name__} came. "
+        "Turn it into an array first, for example by numpy.asarray."
+    )
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """Return the values of `x` as a NumPy array, from whatever device they are on."""
+    xp = array_module(x)
+    if xp is np:
+        return np.asarray(x)
+    if xp.__name__ == "cupy":
+        return xp.asnumpy(x)  # waits for the device's stream
+    return np.from_dlpack(x)
+
+
+def from_numpy(values: np.ndarray, like: Array) -> Array:
+    """Return the NumPy array `values` as an array of the module, and on the device, of `like`."""
+    xp = array_module(like)
+    if xp is np:
+        return values
+    if xp.__name__ == "cupy":
+        with like.device:
+            return xp.asarray(values)
+    return xp.asarray(values, device=like.device)
+
+
+def contiguous(x: Array) -> Array:
+    """Return `x` in C order, so that a sum over its last axis adds neighbours, in the same order for any layout."""
+    xp = array_module(x)
+    return xp.ascontiguousarray(x) if hasattr(xp, "ascontiguousarray") else x
+
+
+def dtype_name(x: Array) -> str:
+    """Return the name of the dtype of `x`, the same in every module.
+
+    Examples
+    --------
+    >>> dtype_name(np.ones(3, dtype=">f4"))
+    'float32'
+    """
+    return x.dtype.name if isinstance(x.dtype, np.dtype) else str(x.dtype).rpartition(".")[2]
+
+
+def describe(x: Array) -> str:
+    """Return shape and dtype of `x` for a message.
+
+    Examples
+    --------
+    >>> describe(np.ones((2, 3)))
+    '(2, 3) float64'
+    """
+    return f"{tuple(x.shape)} {dtype_name(x)}"
+
+
+def round_to(x: Array, dtype: Any) -> Array:
+    """Return `x` rounded once to `dtype`, to nearest.
+
+    NumPy rounds float64 to bfloat16 by way of float32, which is twice. Rounding to odd on the way (the last bit
+    remembers that something was cut off) makes the second rounding the only one that counts.
+    """
+    xp = array_module(x)
+    if xp is np and x.dtype == np.float64 and dtype.name == "bfloat16":
+        single = x.astype(np.float32)
+        bits = single.view(np.uint32)  # shares memory with `single`
+        bits -= np.abs(single) > np.abs(x)
+        bits |= single != x
+        return single.astype(dtype)
+    return xp.astype(x, dtype, copy=False)
+
+
+def sqrt(x: Array) -> Array:
+    """Return the square root, element by element."""
+    return array_module(x).sqrt(x)
+
+
+def exp(x: Array) -> Array:
+    """Return the exponential, element by element."""
+    return array_module(x).exp(x)
+
+
+def log(x: Array) -> Array:
+    """Return the natural logarithm, element by element."""
+    return array_module(x).log(x)
+
+
+def tanh(x: Array) -> Array:
+    """Return the hyperbolic tangent, element by element."""
+    return array_module(x).tanh(x)
+
+
+def transpose(x: Array) -> Array:
+    """Return `x` with its last two axes exchanged."""
+    return array_module(x).matrix_transpose(x)
