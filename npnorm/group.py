@@ -1,0 +1,93 @@
+"""The group of ranks that share a layer's arrays; here the group of one.
+
+An array is in one of three states on a group: *replicated* (every rank has all of it), *sharded* (each rank has its
+equal part along one axis), or *partial* (the true array is the sum over the ranks). `Solo` is the group of one rank, in
+which the three are the same. `npnorm.mpi.Ranks` has the same names over MPI, so that a layer is written once.
+"""
+
+from typing import Any, Protocol
+
+from npnorm.arrays import Array, array_module
+
+
+class Group(Protocol):
+    """What a layer asks of the ranks that it is split over."""
+
+    rank: int
+    size: int
+
+    def sum(self, *arrays: Array, what: str = "") -> Any:
+        """Turn partial arrays into replicated ones; several travel in one message and come back as a tuple."""
+
+    def max(self, x: Array, what: str = "") -> Array:
+        """Return the largest value over the ranks, element by element; a NaN on any rank stays."""
+
+    def gather(self, x: Array, axis: int, what: str = "") -> Array:
+        """Turn an array sharded along `axis` into a replicated one."""
+
+    def shard(self, x: Array, axis: int | None) -> Array:
+        """Return a copy of this rank's part of the replicated `x` along `axis` (None: of all of it)."""
+
+    def agree(self, what: str) -> None:
+        """Raise the same error on every rank unless all ranks came here with the same text."""
+
+    def error(self, problem: Exception) -> Exception:
+        """Return `problem`, to be raised, once every rank has it; raise on every rank if only some have it."""
+
+
+class Solo:
+    """The group of one rank: a sum over it is the array itself."""
+
+    rank = 0
+    size = 1
+
+    def sum(self, *arrays: Array, what: str = "") -> Any:
+        """Return the arrays: a single one as it is, several as a tuple."""
+        return arrays[0] if len(arrays) == 1 else arrays
+
+    def max(self, x: Array, what: str = "") -> Array:
+        """Return `x`."""
+        return x
+
+    def gather(self, x: Array, axis: int, what: str = "") -> Array:
+        """Return `x`."""
+        return x
+
+    def shard(self, x: Array, axis: int | None) -> Array:
+        """Return a copy of `x`."""
+        return array_module(x).astype(x, x.dtype)
+
+    def agree(self, what: str) -> None:
+        """Do nothing: one rank agrees with itself."""
+
+    def error(self, problem: Exception) -> Exception:
+        """Return `problem`."""
+        return problem
+
+
+SOLO = Solo()
+"""The group that every layer belongs to unless it is given another."""
+
+
+def part(group: Group, length: int, what: str) -> slice:
+    """Return the slice of `length` entries that the group's rank holds.
+
+    Raises
+    ------
+    ValueError
+        On every rank, if the ranks do not divide the length; `what` names that which is to be shared.
+
+    Examples
+    --------
+    >>> part(SOLO, 6, "6 heads")
+    slice(0, 6, None)
+    """
+    if length % group.size:
+        raise group.error(
+            ValueError(
+                f"{group.size} ranks cannot share {what} equally: {length} is not a multiple of {group.size}. "
+                "Choose a size that the ranks divide, or another number of ranks."
+            )
+        )
+    step = length // group.size
+    return slice(group.rank * step, (group.rank + 1) * step)

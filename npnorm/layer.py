@@ -1,0 +1,105 @@
+"""What a layer is, and helpers over trees of parameters.
+
+A layer is its parameters plus two pure methods. `forward` returns the output and `saved`, everything that `backward`
+needs, written down in a NamedTuple; nothing is remembered on the layer. Gradients have the shape of the parameters.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from npnorm.arrays import Array, dtype_name, to_numpy
+from npnorm.group import SOLO, Group
+
+Tree = Any
+"""A leaf, or a dict of names to trees: `{"norm": {"weight": w}, "mlp": {...}}`."""
+
+
+class Layer(Protocol):
+    """The two methods and two trees that every layer has."""
+
+    params: Tree
+    """Name to array, or name to the params of a child."""
+
+    shards: Tree
+    """The shape of `params`: for each array the axis along which a group splits it, None where it is replicated."""
+
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        """Return y, saved."""
+
+    def backward(self, dy: Array, saved: Any) -> tuple[Array, Tree]:
+        """Return dx, grads: complete gradients for what this rank holds."""
+
+
+def map_tree(f: Callable[..., Any], *trees: Tree) -> Tree:
+    """Apply `f` to the matching leaves of trees of the same shape.
+
+    Examples
+    --------
+    >>> map_tree(lambda a, b: a + b, {"x": 1, "y": {"z": 2}}, {"x": 10, "y": {"z": 20}})
+    {'x': 11, 'y': {'z': 22}}
+    """
+    first = trees[0]
+    if isinstance(first, dict):
+        return {name: map_tree(f, *(tree[name] for tree in trees)) for name in first}
+    return f(*trees)
+
+
+def leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, leaf) in the order of the tree.
+
+    Examples
+    --------
+    >>> list(leaves({"x": 1, "y": {"z": 2}}))
+    [('x', 1), ('y.z', 2)]
+    """
+    if isinstance(tree, dict):
+        for name, child in tree.items():
+            yield from leaves(child, f"{path}.{name}" if path else name)
+    else:
+        yield path, tree
+
+
+def replicated(params: Tree) -> Tree:
+    """Return the shards of a layer that every rank holds whole: None for each of its arrays."""
+    return map_tree(lambda _: None, params)
+
+
+def shard(params: Tree, shards: Tree, group: Group) -> Tree:
+    """Return copies of the parts of `params` that this rank holds."""
+    return map_tree(lambda array, axis: group.shard(array, axis), params, shards)
+
+
+def check_features(layer: str, x: Array, width: int, group: Group = SOLO) -> None:
+    """Raise one clear error unless `x` is float32 or float64 with `width` features last.
+
+    complex128 is let through for the complex step, which differentiates the very code that runs.
+    """
+    if dtype_name(x) not in ("float32", "float64", "complex128"):
+        raise group.error(
+            TypeError(
+                f"{layer} works in float32 or float64; x is {dtype_name(x)}. "
+                "Convert it first, for example by x.astype(numpy.float32); only the norms take 16-bit floats."
+            )
+        )
+    if x.ndim == 0 or x.shape[-1] != width:
+        raise group.error(
+            ValueError(f"{layer} takes {width} features; x has shape {tuple(x.shape)}. The last axis must be {width}.")
+        )
+
+
+def check_ids(layer: str, ids: Array, below: int, group: Group) -> None:
+    """Raise one clear error, on every rank, unless `ids` are integers from 0 to below - 1, the same on every rank."""
+    if not dtype_name(ids).startswith(("int", "uint")):
+        raise group.error(TypeError(f"{layer} takes integers from 0 to {below - 1}; {dtype_name(ids)} came."))
+    values = to_numpy(ids)
+    if values.size and not (values.min() >= 0 and values.max() < below):
+        raise group.error(
+            ValueError(
+                f"{layer} takes integers from 0 to {below - 1}; they came from {values.min()} to {values.max()}. "
+                "Was the text encoded with another vocabulary?"
+            )
+        )
+    if group.size > 1:  # replicated: other ids on one rank would give a wrong result, and no error
+        digest = zlib.crc32(values.tobytes())
+        group.agree(f"{layer} with integers of shape {values.shape}, checksum {digest:08x}")
