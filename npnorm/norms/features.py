@@ -1,0 +1,96 @@
+"""The features that a norm averages over: the last axis, whole or split over the ranks of a group."""
+
+from typing import Any
+
+import numpy as np
+
+from npnorm.arrays import Array, array_module, describe, dtype_name
+from npnorm.group import Group
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Features:
+    """The axis of features: its checks and its means.
+
+    Parameters
+    ----------
+    layer : str
+        The name of the norm, for messages.
+    params : dict
+        The parameters that the norm has: each of shape (features of this rank,).
+    eps : float
+        Checked here: finite and not negative.
+    group : Group
+        The ranks over which the features are split, equally.
+    """
+
+    def __init__(self, layer: str, params: dict[str, Array], eps: float, group: Group) -> None:
+        self.layer = layer
+        self.group = group
+        self.width = next((array.shape[-1] for array in params.values() if array.ndim), None)
+        group.agree(f"{layer} with eps={eps} and " + ", ".join(f"{name} {describe(a)}" for name, a in params.items()))
+        if not (np.isfinite(eps) and eps >= 0):
+            raise ValueError(f"{layer}: eps is {eps}. It must be a finite number, 0 or greater.")
+        for name, array in params.items():
+            if array.ndim != 1 or array.shape[0] != self.width or not self.width:
+                shapes = ", ".join(f"{n} {tuple(a.shape)}" for n, a in params.items())
+                raise ValueError(
+                    f"{layer}: each parameter must have shape (features,), the same for all; there came {shapes}."
+                )
+            if dtype_name(array) not in FLOATS and dtype_name(array) != "complex128":
+                raise TypeError(f"{layer}: {name} has dtype {dtype_name(array)}. Use one of {', '.join(FLOATS)}.")
+
+    def check(self, *arrays: Array) -> None:
+        """Raise one clear error, on every rank of the group, unless the arrays are floats with these features last.
+
+        complex128 is let through for the complex step: the formulas are then continued analytically.
+        """
+        for x in arrays:
+            if dtype_name(x) not in FLOATS and dtype_name(x) != "complex128":
+                raise self.group.error(
+                    TypeError(
+                        f"{self.layer} works on {', '.join(FLOATS)}; x is {dtype_name(x)}. "
+                        "Convert it first, for example by x.astype(numpy.float32)."
+                    )
+                )
+            if x.ndim == 0 or x.shape[-1] == 0 or (self.width and x.shape[-1] != self.width):
+                held = f"holds {self.width} features" if self.width else "needs at least one feature"
+                last = f"must be {self.width}" if self.width else "must not be empty"
+                raise self.group.error(
+                    ValueError(f"{self.layer} {held}; x has shape {tuple(x.shape)}. The last axis {last}.")
+                )
+            if x.shape != arrays[0].shape:
+                raise self.group.error(
+                    ValueError(
+                        f"{self.layer}: dy has shape {tuple(arrays[0].shape)}, and the x that was saved "
+                        f"{tuple(x.shape)}. Hand backward the gradient of the y that came with this saved."
+                    )
+                )
+
+    def mean(self, *arrays: Array) -> Any:
+        """Return the mean over the features, kept as an axis of length 1; several arrays share one message."""
+        xp = array_module(arrays[0])
+        n = arrays[0].shape[-1] * self.group.size
+        sums = [xp.sum(a, axis=-1, keepdims=True) for a in arrays]
+        total = self.group.sum(*sums, what=f"{self.layer} of {n} features")
+        return total / n if len(arrays) == 1 else tuple(t / n for t in total)
+
+    def centre(self, x: Array) -> tuple[Array, Array, Array]:
+        """Return x minus its mean, the mean, and the variance; two messages.
+
+        The mean is of shape (rows, 2): the mean as it came out of the sum, and what rounding had left of it, which is
+        the mean of x minus its mean. Both are subtracted, so that a row far from zero loses nothing.
+        """
+        first = self.mean(x)
+        x = x - first
+        rest, square = self.mean(x, x * x)
+        x -= rest
+        return x, array_module(x).concat([first, rest], axis=-1), square - rest * rest
+
+
+def centred(x: Array, mean: Array) -> Array:
+    """Return x minus the mean that `Features.centre` gave."""
+    x = x - mean[:, :1]
+    x -= mean[:, 1:]
+    return x
