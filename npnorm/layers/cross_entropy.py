@@ -1,0 +1,79 @@
+"""Cross entropy of the softmax, the loss of a language model.
+
+Forward, for N rows of logits x over a vocabulary, each with a target t:
+
+    p    = exp(x) / sum(exp(x))
+    loss = mean over rows of -log p[t] = mean of log sum(exp(x - m)) - (x[t] - m),   m = max(x)
+
+Backward, given the gradient d of the loss:
+
+    dx = d (p - onehot(t)) / N
+
+On a group the vocabulary is split. Communicated: forward one max, and one sum of two numbers for each row (its sum of
+exponentials, and the logit of its target from the rank that holds it); nothing backward. The loss is replicated.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from npnorm.arrays import Array, array_module, exp, from_numpy, log
+from npnorm.group import SOLO, Group
+from npnorm.layer import check_features, check_ids
+
+
+class Saved(NamedTuple):
+    """What backward needs of forward; both of the shape of the logits."""
+
+    p: Array
+    target: Array  # True at the target, if this rank holds it
+
+
+class CrossEntropy:
+    """The mean over rows of the negative log of the probability that softmax gives the target, in nats.
+
+    Parameters
+    ----------
+    group : Group
+        The ranks over which the vocabulary is split equally.
+
+    Examples
+    --------
+    >>> loss, saved = CrossEntropy().forward(np.zeros((3, 4)), np.array([0, 3, 1]))
+    >>> round(float(loss), 4)  # log 4
+    1.3863
+    """
+
+    def __init__(self, *, group: Group = SOLO) -> None:
+        self.group = group
+
+    def forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
+        """Return the loss, without axes, for logits of shape (..., vocabulary) and targets of shape (...)."""
+        held = logits.shape[-1]
+        check_features("CrossEntropy", logits, held, self.group)
+        if tuple(targets.shape) != tuple(logits.shape[:-1]):
+            raise self.group.error(
+                ValueError(
+                    f"CrossEntropy: logits {tuple(logits.shape)} need targets of shape {tuple(logits.shape[:-1])}; "
+                    f"{tuple(targets.shape)} came."
+                )
+            )
+        check_ids("CrossEntropy", targets, held * self.group.size, self.group)
+        xp = array_module(logits)
+        ids = from_numpy(np.arange(held) + self.group.rank * held, targets)
+        target = targets[..., None] == ids
+        m = self.group.max(xp.max(logits, axis=-1, keepdims=True), what="CrossEntropy")
+        x = logits - m
+        e = exp(x)
+        picked = xp.where(target, x, xp.zeros_like(x))
+        total, x_t = self.group.sum(
+            xp.sum(e, axis=-1, keepdims=True), xp.sum(picked, axis=-1, keepdims=True), what="CrossEntropy"
+        )
+        loss = xp.mean(log(total) - x_t)
+        return loss, Saved(e / total, target)
+
+    def backward(self, dloss: Array | float, saved: Saved) -> Array:
+        """Return the gradient of the logits, this rank's shard."""
+        p, target = saved
+        rows = p.size // p.shape[-1]
+        return (p - array_module(p).astype(target, p.dtype)) * (dloss / rows)

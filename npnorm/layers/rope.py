@@ -1,0 +1,69 @@
+"""Rotary positions.
+
+Jianlin Su et al., "RoFormer", 2021, arXiv:2104.09864, equation 34. Feature i and feature i + d/2 of a head of d
+features are the two coordinates of a point, turned by an angle that grows with the position t:
+
+    angle = t base^(-2 i / d),  i = 0 ... d/2 - 1
+    y1 = x1 cos(angle) - x2 sin(angle)
+    y2 = x1 sin(angle) + x2 cos(angle)
+
+so that the product of a query and a key depends on the distance of their positions only. Backward is the rotation by
+the opposite angle. The pairing (i, i + d/2) is that of Llama and GPT-NeoX; the paper pairs (2i, 2i + 1), which is the
+same up to the order of the features.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from npnorm.arrays import Array, array_module, dtype_name, from_numpy
+
+
+class Saved(NamedTuple):
+    """What backward needs of forward: (length, d/2) each."""
+
+    cos: Array
+    sin: Array
+
+
+class Rotary:
+    """Turn pairs of features by angles that grow with the position, for x of shape (..., length, d).
+
+    Parameters
+    ----------
+    base : float
+        The ratio of the slowest to the fastest turn; 10000 in the paper.
+
+    Examples
+    --------
+    >>> y, saved = Rotary().forward(np.array([[1.0, 0.0], [1.0, 0.0]]))  # turned by 0, then by 1 radian
+    >>> y.round(4)
+    array([[1.    , 0.    ],
+           [0.5403, 0.8415]])
+    """
+
+    params: dict[str, Array] = {}
+    shards: dict[str, None] = {}
+
+    def __init__(self, base: float = 10000.0) -> None:
+        self.base = base
+
+    def forward(self, x: Array) -> tuple[Array, Saved]:
+        """Return y of the shape of x."""
+        length, d = x.shape[-2:]
+        if d % 2:
+            raise ValueError(f"Rotary turns pairs of features; a head has {d}. Choose an even number.")
+        angle = np.outer(np.arange(length), self.base ** (-np.arange(0, d, 2) / d))
+        real = "float32" if dtype_name(x) == "float32" else "float64"
+        cos, sin = (from_numpy(f(angle).astype(real), x) for f in (np.cos, np.sin))
+        return _turn(x, cos, sin), Saved(cos, sin)
+
+    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
+        """Return dx, and no gradients."""
+        return _turn(dy, saved.cos, -saved.sin), {}
+
+
+def _turn(x: Array, cos: Array, sin: Array) -> Array:
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    return array_module(x).concat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
