@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
-from npnorm.group import Group
+from npnorm.group import Group, Solo
 
 BLOCK = 1 << 20
 """Bytes of one operand in a block, in working precision: about a core's L2 cache."""
@@ -138,7 +138,7 @@ class Rows:
 
     def _blocks(self, flat: Array) -> Iterator[slice]:
         rows, width = flat.shape
-        one_by_one = self.group.size == 1 and array_module(flat) is np
+        one_by_one = isinstance(self.group, Solo) and array_module(flat) is np
         step = max(1, BLOCK // (8 * width)) if one_by_one else max(1, rows)
         for start in range(0, max(1, rows), step):  # without rows, one empty block
             yield slice(start, min(start + step, rows))
