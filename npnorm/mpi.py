@@ -175,8 +175,8 @@ def check_launcher() -> None:
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE"):
         started = int(os.environ.get(name, "1"))
         if started > 1 and MPI.COMM_WORLD.Get_size() == 1:
-            library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
-            raise RuntimeError(
+            library = " ".join(MPI.Get_library_version().splitlines()[0].strip("\0").partition(",")[0].split())
+            raise RankError(
                 f"mpirun started {started} processes ({name}={started}), but mpi4py sees a world of 1 rank: "
                 f"it uses {library}, and this mpirun belongs to another MPI. "
                 f"Use the mpirun beside this Python ({os.path.join(os.path.dirname(sys.executable), 'mpirun')}), "
@@ -234,7 +234,7 @@ def _end(failures: MPI.Comm, problem: BaseException) -> None:
     if rank == 0 and _launched_rank() == 0:
         for text in filter(None, dict.fromkeys(texts)):
             who = [str(r) for r, t in enumerate(texts) if t == text]
-            _print_for(f"all {size} ranks" if len(who) == size else f"ranks {', '.join(who)} of {size}", text)
+            _print_for(f"all {size} ranks" if len(who) == size > 1 else f"rank {', '.join(who)} of {size}", text)
     sys.exit(code)
 
 

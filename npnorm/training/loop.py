@@ -21,7 +21,7 @@ from npnorm.transformer import Transformer
 class Recipe:
     """How to train: `rows` windows of `length` characters a step; the rest in the words of AdamW and the schedule."""
 
-    steps: int = 600
+    steps: int = 500
     rows: int = 16
     length: int = 128
     lr: float = 2e-3
