@@ -25,19 +25,6 @@ SAFE = {"float64": 2.0**450, "float32": 2.0**50}
 """While rstd lies between 1/SAFE and SAFE, the squares that it came from were in range."""
 
 
-class Absent:
-    """What a formula gets for a weight or bias that the norm does not have: z * w and z + b are z."""
-
-    __array_ufunc__ = None  # leave the operators below to this class
-    __array_priority__ = 1000
-
-    def __rmul__(self, z: Array) -> Array:
-        return z
-
-    def __radd__(self, z: Array) -> Array:
-        return z
-
-
 class Rows:
     """The rows of arrays with the features last, and how formulas over them are evaluated.
 
@@ -66,7 +53,7 @@ class Rows:
         Parameters
         ----------
         formula : callable
-            Statistics are of shape (rows, k), with rstd last.
+            w and b are None where the norm has none; statistics are of shape (rows, k), with rstd last.
         x : array of shape (..., features)
         params : dict
             May hold "weight" and "bias", of shape (features,).
@@ -164,7 +151,7 @@ def _flat(x: Array) -> Array:
 
 
 def _cast(x: Array | None, dtype: Any) -> Any:
-    return Absent() if x is None else array_module(x).astype(x, dtype, copy=False)
+    return None if x is None else array_module(x).astype(x, dtype, copy=False)
 
 
 def _divide(x: Array, k: Array | None) -> Array:

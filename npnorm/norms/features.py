@@ -89,6 +89,12 @@ class Features:
         return x, array_module(x).concat([first, rest], axis=-1), square - rest * rest
 
 
+def affine(z: Array, w: Array | None, b: Array | None = None) -> Array:
+    """Return z w + b; what the norm does not have is left out."""
+    y = z if w is None else z * w
+    return y if b is None else y + b
+
+
 def centred(x: Array, mean: Array) -> Array:
     """Return x minus the mean that `Features.centre` gave."""
     x = x - mean[:, :1]

@@ -29,7 +29,7 @@ import numpy as np
 from npnorm.arrays import Array, array_module, sqrt
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group
-from npnorm.norms.features import Features, centred
+from npnorm.norms.features import Features, affine, centred
 
 
 class Saved(NamedTuple):
@@ -98,7 +98,7 @@ class LayerNorm:
             c, mean, var = centre(x)
             rstd = 1 / sqrt(var + eps)
             z = c * rstd
-            y = z * w + b
+            y = affine(z, w, b)
             return y, array_module(x).concat([mean, rstd], axis=-1)
 
         y, statistics, scale = self.rows.forward(formula, x, self.params)
@@ -112,7 +112,7 @@ class LayerNorm:
         def formula(dy: Array, x: Array, w: Array, statistics: Array) -> tuple[Array, dict[str, Array]]:
             mean_x, rstd = statistics[:, :2], statistics[:, 2:]
             z = centred(x, mean_x) * rstd
-            dz = dy * w
+            dz = affine(dy, w)
             mean_dz, mean_dzz = mean(dz, dz * z)
             dx = rstd * (dz - mean_dz - z * mean_dzz)
             return dx, {"weight": dy * z, "bias": dy}  # to be summed over the rows

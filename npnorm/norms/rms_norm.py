@@ -27,7 +27,7 @@ import numpy as np
 from npnorm.arrays import Array, sqrt
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group
-from npnorm.norms.features import Features
+from npnorm.norms.features import Features, affine
 
 
 class Saved(NamedTuple):
@@ -95,7 +95,7 @@ class RMSNorm:
         def formula(x: Array, w: Array, b: Array, eps: Array) -> tuple[Array, Array]:
             rstd = 1 / sqrt(mean(x * x) + eps)
             z = x * rstd
-            y = z * w + b
+            y = affine(z, w, b)
             return y, rstd
 
         y, rstd, scale = self.rows.forward(formula, x, self.params)
@@ -108,7 +108,7 @@ class RMSNorm:
 
         def formula(dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Array, dict[str, Array]]:
             z = x * rstd
-            dz = dy * w
+            dz = affine(dy, w)
             dx = rstd * (dz - z * mean(dz * z))
             return dx, {"weight": dy * z, "bias": dy}  # to be summed over the rows
 
