@@ -1,3 +1,4 @@
+import array_api_strict as strict
 import numpy as np
 import pytest
 
@@ -61,3 +62,14 @@ def test_generate_continues_and_never_draws_padding():
     assert len(ids) == 58
     assert ids.max() < characters.size
     np.testing.assert_array_equal(ids, generate(model, start, 50, characters.size, np.random.default_rng(2)))
+
+
+def test_training_and_sample_on_another_device_are_the_same():
+    device = strict.Device("device1")  # a stray NumPy call raises there, as it would on a GPU
+    model, ids = model_and_ids(Config.modern)
+    there = map_tree(lambda a: strict.asarray(a, device=device), model.params)
+    results = []
+    for each in (Transformer(model.config, there), model):
+        losses = [step.loss for step in train(each, ids, Recipe(steps=4, rows=3, length=12), np.random.default_rng(1))]
+        results.append((losses, list(generate(each, ids[:4], 10, 15, np.random.default_rng(2)))))
+    assert results[0] == results[1]
