@@ -2,6 +2,6 @@
 
 from npnorm.group import SOLO
 from npnorm.norms import LayerNorm, RMSNorm
-from npnorm.transformer import Config, Transformer, init
+from npnorm.transformer import Config, Transformer
 
-__all__ = ["SOLO", "Config", "LayerNorm", "RMSNorm", "Transformer", "init"]
+__all__ = ["SOLO", "Config", "LayerNorm", "RMSNorm", "Transformer"]

@@ -10,6 +10,7 @@ A norm's page gives a formula over rows of features. `Rows` evaluates it in floa
   handed to the formula divided by a power of two, which is exact.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,8 +22,8 @@ from npnorm.group import Group, Solo
 BLOCK = 1 << 20
 """Bytes of one operand in a block, in working precision: about a core's L2 cache."""
 
-SAFE = {"float64": 2.0**450, "float32": 2.0**50}
-"""While rstd lies between 1/SAFE and SAFE, the squares that it came from were in range."""
+SAFE = {"float64": 450, "float32": 50}
+"""Numbers between 2^-SAFE and 2^SAFE, and sums of their squares, are in range."""
 
 
 class Rows:
@@ -41,9 +42,9 @@ class Rows:
     def __init__(self, eps: float, group: Group, compute: str | None) -> None:
         self.eps = eps
         self.group = group
-        self.compute = np.dtype(compute or "float64").name
-        if self.compute not in SAFE:
+        if compute not in (None, *SAFE):
             raise ValueError(f"compute is {compute!r}. Choose None, 'float64' or 'float32'.")
+        self.compute = compute or "float64"
 
     def forward(
         self, formula: Callable[..., Any], x: Array, params: dict[str, Array]
@@ -114,7 +115,7 @@ class Rows:
                 out[s, :] = round_to(_divide(dx, k), x.dtype)
                 for name in params:
                     sums[name] = xp.sum(rows[name], axis=0) + sums[name]
-        grads = {name: round_to(sums[name], param.dtype) for name, param in params.items()}
+            grads = {name: round_to(sums[name], param.dtype) for name, param in params.items()}
         return xp.reshape(out, x.shape), grads
 
     def _work(self, x: Array) -> Any:
@@ -133,16 +134,18 @@ class Rows:
     def _scale(self, x: Array, rstd: Array) -> Array | None:
         """Return each row's power of two, or None if all are in range: the same on every rank, as rstd is."""
         xp = array_module(x)
-        limit = SAFE[self.compute]
+        safe = SAFE[self.compute]
         size = abs(rstd)
-        out = ~((size > 1 / limit) & (size < limit))  # a NaN is out
+        out = ~((size > 2.0**-safe) & (size < 2.0**safe))  # a NaN is out
         if not bool(xp.any(out)):
             return None
         largest = self.group.max(xp.max(abs(_cast(_flat(x), self._work(x))), axis=-1, keepdims=True))
         usable = out & (largest > 0) & (largest < float("inf"))
         k = xp.floor(xp.log2(xp.where(usable, largest, xp.ones_like(largest))))
-        if self.eps > 0:  # a tiny row is scaled until eps is about 1, not further
-            k = xp.where(k < (floor := np.floor(np.log2(self.eps) / 2)), xp.full_like(k, floor), k)
+        if self.eps > 0:  # eps / 4^k should neither overflow nor vanish
+            root = float(math.floor(math.log2(self.eps) / 2))
+            k = xp.where(k < root, xp.full_like(k, root), k)
+            k = xp.where(k > root + 2 * safe, k - safe, xp.where(k > root + safe, xp.full_like(k, root + safe), k))
         return xp.where(usable, k, xp.zeros_like(k)) if bool(xp.any(usable)) else None
 
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from npnorm.arrays import Array, dtype_name, to_numpy
+from npnorm.arrays import Array, array_module, dtype_name, to_numpy
 from npnorm.group import SOLO, Group
 
 Tree = Any
@@ -70,11 +70,23 @@ def shard(params: Tree, shards: Tree, group: Group) -> Tree:
     return map_tree(lambda array, axis: group.shard(array, axis), params, shards)
 
 
+def check_module(layer: str, x: Array, params: Tree) -> None:
+    """Raise one clear error unless `x` and the parameters are arrays of one module."""
+    module = array_module(x)
+    for name, param in leaves(params):
+        if array_module(param) is not module:
+            raise TypeError(
+                f"{layer}: {name} is an array of {array_module(param).__name__}, x one of {module.__name__}. "
+                "Bring both to the same device first."
+            )
+
+
 def check_features(layer: str, x: Array, width: int, group: Group = SOLO) -> None:
     """Raise one clear error unless `x` is float32 or float64 with `width` features last.
 
     complex128 is let through for the complex step, which differentiates the very code that runs.
     """
+    array_module(x)  # raises, if x is not an array
     if dtype_name(x) not in ("float32", "float64", "complex128"):
         raise group.error(
             TypeError(
@@ -90,6 +102,7 @@ def check_features(layer: str, x: Array, width: int, group: Group = SOLO) -> Non
 
 def check_ids(layer: str, ids: Array, below: int, group: Group) -> None:
     """Raise one clear error, on every rank, unless `ids` are integers from 0 to below - 1, the same on every rank."""
+    array_module(ids)  # raises, if ids are not an array
     if not dtype_name(ids).startswith(("int", "uint")):
         raise group.error(TypeError(f"{layer} takes integers from 0 to {below - 1}; {dtype_name(ids)} came."))
     values = to_numpy(ids)

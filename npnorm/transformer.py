@@ -72,12 +72,18 @@ class Config:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"Config: {name} is {getattr(self, name)!r}. Choose one of {', '.join(choices)}.")
-        for name in ("vocabulary", "width", "depth", "heads", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Config: {name} is {getattr(self, name)}. It must be at least 1.")
+        for name in ("vocabulary", "width", "depth", "heads", "context", "hidden", "kv_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Config: {name} is {value}. It must be at least 1.")
         if self.width % self.heads:
             raise ValueError(
                 f"Config: {self.heads} heads cannot share {self.width} features. Make width a multiple of heads."
+            )
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise ValueError(
+                f"Config: rotary positions turn pairs of features, and a head has {self.width // self.heads}. "
+                "Choose width and heads so that it is an even number."
             )
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(

@@ -88,7 +88,7 @@ class Attention:
         self.q, self.k, self.v = (Linear(**self.params[name]) for name in ("q_proj", "k_proj", "v_proj"))
         self.o = Linear(**self.params["o_proj"], group=group)
         self.kv_heads = kv_heads // group.size
-        self.shared_by = heads // kv_heads
+        self.shared_by = heads // kv_heads  # queries of a key
         self.rotary = rotary
         self.group = group
 
@@ -137,8 +137,9 @@ class Attention:
     def _split(self, x: Array) -> Array:
         """Take (batch, length, heads d) to (batch, kv heads, heads of each, length, d)."""
         xp = array_module(x)
-        batch, length, _ = x.shape
-        return xp.permute_dims(xp.reshape(x, (batch, length, self.kv_heads, -1, self.d)), (0, 2, 3, 1, 4))
+        batch, length, features = x.shape
+        each = features // (self.kv_heads * self.d)
+        return xp.permute_dims(xp.reshape(x, (batch, length, self.kv_heads, each, self.d)), (0, 2, 3, 1, 4))
 
     def _merge(self, x: Array) -> Array:
         """Undo `_split`."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, exp, from_numpy, log
 from npnorm.group import SOLO, Group
-from npnorm.layer import check_features, check_ids
+from npnorm.layer import check_features, check_ids, check_module
 
 
 class Saved(NamedTuple):
@@ -49,8 +49,10 @@ class CrossEntropy:
 
     def forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
         """Return the loss, without axes, for logits of shape (..., vocabulary) and targets of shape (...)."""
-        held = logits.shape[-1]
-        check_features("CrossEntropy", logits, held, self.group)
+        xp = array_module(logits)
+        held = logits.shape[-1] if logits.ndim else 0
+        check_features("CrossEntropy", logits, held or 1, self.group)
+        check_module("CrossEntropy", logits, {"targets": targets})
         if tuple(targets.shape) != tuple(logits.shape[:-1]):
             raise self.group.error(
                 ValueError(
@@ -59,7 +61,6 @@ class CrossEntropy:
                 )
             )
         check_ids("CrossEntropy", targets, held * self.group.size, self.group)
-        xp = array_module(logits)
         ids = from_numpy(np.arange(held) + self.group.rank * held, targets)
         target = targets[..., None] == ids
         m = self.group.max(xp.max(logits, axis=-1, keepdims=True), what="CrossEntropy")

@@ -15,7 +15,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, from_numpy
 from npnorm.group import SOLO, Group
-from npnorm.layer import check_features, check_ids
+from npnorm.layer import check_features, check_ids, check_module
 
 
 class Saved(NamedTuple):
@@ -44,6 +44,7 @@ class Embedding:
     """
 
     def __init__(self, weight: Array, *, group: Group = SOLO) -> None:
+        array_module(weight)  # raises, if it is not an array
         if weight.ndim != 2:
             raise ValueError(f"Embedding: weight must have shape (vocabulary, width); {tuple(weight.shape)} came.")
         self.params = {"weight": weight}
@@ -54,6 +55,7 @@ class Embedding:
         """Return x of shape (..., width) for integers of shape (...)."""
         w = self.params["weight"]
         held = w.shape[0]
+        check_module("Embedding", ids, self.params)
         check_ids("Embedding", ids, held * self.group.size, self.group)
         xp = array_module(ids)
         rows = ids - self.group.rank * held

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from npnorm.arrays import Array, array_module
 from npnorm.group import SOLO, Group
-from npnorm.layer import check_features
+from npnorm.layer import check_features, check_module
 
 
 class Saved(NamedTuple):
@@ -49,6 +49,7 @@ class Linear:
     """
 
     def __init__(self, weight: Array, bias: Array | None = None, *, group: Group = SOLO) -> None:
+        check_module("Linear", weight, {} if bias is None else {"bias": bias})
         if weight.ndim != 2 or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
             came = f"weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
             raise ValueError(f"Linear: weight must have shape (outputs, inputs), bias (outputs,); there came {came}.")
@@ -59,6 +60,7 @@ class Linear:
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of shape (..., outputs) for x of shape (..., inputs)."""
         w, b = self.params["weight"], self.params.get("bias")
+        check_module("Linear", x, self.params)
         check_features("Linear", x, w.shape[1], self.group)
         y = self.group.sum(x @ w.T, what="Linear")
         return (y if b is None else y + b), Saved(x)

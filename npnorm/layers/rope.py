@@ -50,9 +50,12 @@ class Rotary:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
+        if x.ndim < 2 or x.shape[-1] % 2:
+            raise ValueError(
+                f"Rotary turns pairs of features of each position; x has shape {tuple(x.shape)}. "
+                "It must be (..., length, an even number)."
+            )
         length, d = x.shape[-2:]
-        if d % 2:
-            raise ValueError(f"Rotary turns pairs of features; a head has {d}. Choose an even number.")
         angle = np.outer(np.arange(length), self.base ** (-np.arange(0, d, 2) / d))
         real = "float32" if dtype_name(x) == "float32" else "float64"
         cos, sin = (from_numpy(f(angle).astype(real), x) for f in (np.cos, np.sin))

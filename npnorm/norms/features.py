@@ -1,11 +1,12 @@
 """The features that a norm averages over: the last axis, whole or split over the ranks of a group."""
 
+import math
+from numbers import Real
 from typing import Any
-
-import numpy as np
 
 from npnorm.arrays import Array, array_module, describe, dtype_name
 from npnorm.group import Group
+from npnorm.layer import check_module
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -27,11 +28,14 @@ class Features:
 
     def __init__(self, layer: str, params: dict[str, Array], eps: float, group: Group) -> None:
         self.layer = layer
+        self.params = params
         self.group = group
+        for array in params.values():
+            array_module(array)  # raises, if it is not an array
         self.width = next((array.shape[-1] for array in params.values() if array.ndim), None)
         group.agree(f"{layer} with eps={eps} and " + ", ".join(f"{name} {describe(a)}" for name, a in params.items()))
-        if not (np.isfinite(eps) and eps >= 0):
-            raise ValueError(f"{layer}: eps is {eps}. It must be a finite number, 0 or greater.")
+        if not (isinstance(eps, Real) and math.isfinite(eps) and eps >= 0):
+            raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")
         for name, array in params.items():
             if array.ndim != 1 or array.shape[0] != self.width or not self.width:
                 shapes = ", ".join(f"{n} {tuple(a.shape)}" for n, a in params.items())
@@ -47,6 +51,7 @@ class Features:
         complex128 is let through for the complex step: the formulas are then continued analytically.
         """
         for x in arrays:
+            check_module(self.layer, x, self.params)
             if dtype_name(x) not in FLOATS and dtype_name(x) != "complex128":
                 raise self.group.error(
                     TypeError(
