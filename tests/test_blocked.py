@@ -1,0 +1,211 @@
+import numpy as np
+import pytest
+
+from npnorm import LayerNorm, RMSNorm
+from tests.check import BFLOAT16, close, exact_norm, same_bits
+
+NORMS = pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+
+LAYOUTS = {
+    "column by column": lambda x: np.asfortranarray(x),
+    "every second of a larger array": lambda x: np.repeat(np.repeat(x, 2, axis=0), 2, axis=-1)[::2, ..., ::2],
+    "last feature first in memory": lambda x: x[..., ::-1].copy()[..., ::-1],
+    "last row first in memory": lambda x: x[::-1].copy()[::-1],
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+}
+
+
+def affine(rng, n, dtype="float64"):
+    return {"weight": rng.standard_normal(n).astype(dtype), "bias": rng.standard_normal(n).astype(dtype)}
+
+
+def run(layer, x, dy):
+    """Return everything that comes out, as a tree."""
+    y, saved = layer.forward(x)
+    dx, grads = layer.backward(dy, saved)
+    return {"y": y, "dx": dx, **grads}
+
+
+@NORMS
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("block", [1, 3 * 8 * 67, 1 << 30])
+def test_blocks_of_any_size_give_the_same_bits(norm, dtype, block, monkeypatch):
+    rng = np.random.default_rng(1)
+    x, dy = (rng.standard_normal((5, 8, 67)).astype(dtype) for _ in range(2))
+    x[0] *= 1e-3
+    layer = norm(**affine(rng, 67, dtype))
+    expected = run(layer, x, dy)
+    monkeypatch.setattr("npnorm.blocked.BLOCK", block)
+    came = run(layer, x, dy)
+    for name in ("y", "dx"):
+        same_bits(came[name], expected[name])
+    for name in layer.params:  # a sum over the rows, whose order follows the blocks
+        close(came[name], expected[name], 1e-14 if dtype == "float64" else 1e-7)
+
+
+@NORMS
+def test_scaled_rows_give_the_same_bits_in_any_block(norm, monkeypatch):
+    rng = np.random.default_rng(2)
+    x, dy = rng.standard_normal((7, 9)) * np.logspace(-300, 300, 7)[:, None], rng.standard_normal((7, 9))
+    layer = norm(eps=1e-5)
+    expected = run(layer, x, dy)
+    monkeypatch.setattr("npnorm.blocked.BLOCK", 2 * 8 * 9)
+    same_bits(run(layer, x, dy), expected)
+
+
+@NORMS
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_any_memory_layout_gives_the_same_bits(norm, layout, dtype):
+    rng = np.random.default_rng(3)
+    x, dy = (rng.standard_normal((4, 3, 70)).astype(dtype) for _ in range(2))
+    params = affine(rng, 70, dtype)
+    other_x, other_dy = LAYOUTS[layout](x), LAYOUTS[layout](dy)
+    other_params = {name: a[::-1].copy()[::-1] for name, a in params.items()}
+    came = run(norm(**other_params), other_x, other_dy)
+    assert came["y"].dtype == came["dx"].dtype == other_x.dtype
+    for name in ("y", "dx"):
+        came[name] = came[name].astype(dtype)
+    same_bits(came, run(norm(**params), x, dy))
+
+
+@NORMS
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_read_only_arrays_are_enough(norm, dtype):
+    rng = np.random.default_rng(4)
+    x, dy = (rng.standard_normal((3, 5)).astype(dtype) for _ in range(2))
+    params = affine(rng, 5, dtype)
+    expected = run(norm(**params), x, dy)
+    for a in (x, dy, *params.values()):
+        a.flags.writeable = False
+    same_bits(run(norm(**params), x, dy), expected)
+
+
+@NORMS
+@pytest.mark.parametrize("power", [-900, -520, -451, -449, 449, 451, 520, 900])
+def test_a_power_of_two_does_not_change_a_bit_without_eps(norm, power):
+    rng = np.random.default_rng(5)
+    x, dy = rng.standard_normal((4, 7)), rng.standard_normal((4, 7))
+    layer = norm(**affine(rng, 7), eps=0)
+    expected, came = run(layer, x, dy), run(layer, x * 2.0**power, dy)
+    came["dx"] *= 2.0**power
+    same_bits(came, expected)
+
+
+@NORMS
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 1e-300])
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e-150, 1e-100, 1e-3, 1e100, 1e150, 1e200, 1e300])
+def test_the_whole_range_of_float64_is_right(norm, size, eps):
+    rng = np.random.default_rng(6)
+    x, dy, params = rng.standard_normal((3, 6)) * size, rng.standard_normal((3, 6)), affine(rng, 6)
+    came = run(norm(**params, eps=eps), x, dy)
+    y, dx, dw, db = exact_norm(x, params["weight"], params["bias"], eps, dy, norm is LayerNorm)
+    for a, b in zip(came.values(), (y, dx, dw, db), strict=True):
+        close(a, b, 1e-14)
+
+
+@NORMS
+def test_the_ends_of_float64_are_right(norm):
+    rng = np.random.default_rng(7)
+    x = np.array([[5e-324, 1e-323, -2e-323], [1.7e308, -1.7e308, 1e308], [3e-310, 1e-309, 2e-308]])
+    dy, params = rng.standard_normal((3, 3)), affine(rng, 3)
+    layer = norm(**params, eps=0)
+    y, saved = layer.forward(x)
+    expected, _, dw, _ = exact_norm(x, params["weight"], params["bias"], 0, dy, norm is LayerNorm)
+    close(y, expected, 1e-14)
+    close(layer.backward(dy, saved)[1]["weight"], dw, 1e-14)  # dx itself is out of range
+
+
+@NORMS
+def test_rows_of_every_size_stand_beside_each_other(norm):
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((9, 5)) * 10.0 ** np.arange(-280, 281, 70)[:, None]
+    dy = rng.standard_normal((9, 5))
+    layer = norm(eps=1e-5)
+    together = run(layer, x, dy)
+    for i in range(9):
+        alone = run(layer, x[i : i + 1], dy[i : i + 1])
+        same_bits({name: together[name][i : i + 1] for name in alone}, alone)
+
+
+@NORMS
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("size", [1, 1e300])
+def test_a_row_that_is_not_finite_leaves_the_others_alone(norm, bad, size):
+    rng = np.random.default_rng(9)
+    x, dy = rng.standard_normal((4, 5)) * size, rng.standard_normal((4, 5))
+    layer = norm()
+    expected = run(layer, x, dy)
+    x[2, 1] = bad
+    came = run(layer, x, dy)
+    for name in ("y", "dx"):
+        assert np.isnan(came[name][2]).any()
+        same_bits(np.delete(came[name], 2, axis=0), np.delete(expected[name], 2, axis=0))
+
+
+@NORMS
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5)])
+def test_an_empty_batch_gives_empty_results_and_zero_gradients(norm, shape):
+    params = affine(np.random.default_rng(10), 5, "float32")
+    came = run(norm(**params), np.zeros(shape, "float32"), np.zeros(shape, "float32"))
+    for name in ("y", "dx"):
+        assert (came[name].shape, came[name].dtype) == (shape, np.float32)
+    for name in params:
+        same_bits(came[name], np.zeros(5, "float32"))
+
+
+@NORMS
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", BFLOAT16], ids=str)
+@pytest.mark.parametrize("size", [1, "tiny", "huge"])
+def test_the_error_state_of_the_caller_does_not_matter(norm, dtype, size):
+    rng = np.random.default_rng(11)
+    limits = {1: 1.0, "tiny": 2.0 ** (-1000 if dtype == "float64" else -8)}
+    limits["huge"] = 1 / limits["tiny"]
+    x = (rng.standard_normal((3, 5)) * limits[size]).astype(dtype)
+    dy = (rng.standard_normal((3, 5)) * (1e-7 if size == "tiny" else 1e3)).astype(dtype)
+    layer = norm(**affine(rng, 5, dtype))
+    with np.errstate(all="ignore"):
+        expected = run(layer, x, dy)
+    with np.errstate(all="raise"):
+        came = run(layer, x, dy)
+    same_bits(came, expected)
+
+
+@NORMS
+def test_a_weight_gradient_beyond_float16_is_infinite_without_a_warning(norm):
+    rng = np.random.default_rng(12)
+    layer = norm(**affine(rng, 4, "float16"))
+    x, dy = rng.standard_normal((3, 4)).astype("float16"), np.full((3, 4), 6e4, "float16")
+    _, grads = layer.backward(dy, layer.forward(x)[1])
+    same_bits(grads["bias"], np.full(4, np.inf, "float16"))
+
+
+@NORMS
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1, 1e10, 1e30, 1e38])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_float32_can_be_the_working_precision(norm, size, eps):
+    rng = np.random.default_rng(13)
+    x = (rng.standard_normal((3, 6)) * size).astype("float32")
+    dy, params = rng.standard_normal((3, 6)).astype("float32"), affine(rng, 6, "float32")
+    layer = norm(**params, eps=eps, compute="float32")
+    y, saved = layer.forward(x)
+    dx, grads = layer.backward(dy, saved)
+    assert saved[1].dtype == np.float32
+    expected = exact_norm(x, params["weight"], params["bias"], eps, dy, norm is LayerNorm)
+    for came, right in zip((y, dx, grads["weight"], grads["bias"]), expected, strict=True):
+        assert came.dtype == np.float32
+        if np.abs(right).max() < 3e38:
+            close(came, right, 1e-6)
+
+
+@NORMS
+def test_float64_is_not_cut_short(norm):
+    with pytest.raises(TypeError, match="would silently cut float64 arrays short"):
+        norm(compute="float32").forward(np.random.default_rng(14).standard_normal((2, 3)))
+
+
+@NORMS
+@pytest.mark.parametrize("compute", ["float16", "int64", "double precision"])
+def test_another_working_precision_is_refused(norm, compute):
+    with pytest.raises(ValueError, match=f"compute is '{compute}'. Choose None, 'float64' or 'float32'"):
+        norm(compute=compute)

@@ -1,0 +1,309 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from npnorm import Config, Transformer
+from npnorm.layer import leaves, map_tree
+from npnorm.transformer import init, layout
+from tests.check import WithLoss, check_backward, check_central_difference, close, same_bits
+
+SIZES = {"width": 24, "depth": 2, "heads": 6, "kv_heads": 3, "hidden": 36, "context": 7}
+CONFIGS = {
+    "original": Config.original(12, **SIZES),
+    "original, a head of its own": Config.original(12, **SIZES, tied=False),
+    "modern": Config.modern(12, **SIZES),
+    "modern, tied, with biases": Config.modern(12, **SIZES, tied=True, bias=True),
+    "pre-LayerNorm, rotary": Config.original(12, **SIZES, placement="pre", positions="rotary", bias=False),
+    "post-RMSNorm, learned": Config.modern(12, **SIZES, placement="post", positions="learned"),
+}
+ALL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def draw(config, rng):
+    """Return parameters that are far from where training starts, so that nothing is nearly linear."""
+    return map_tree(lambda a: a + 0.3 * rng.standard_normal(a.shape), init(config, rng, "float64"))
+
+
+def with_loss(config, targets):
+    return lambda params: WithLoss(Transformer(config, params), targets)
+
+
+def torch_logits(config, p, ids):
+    """Return the logits by torch's own functions; rotary positions by complex numbers."""
+    length, d = ids.shape[1], config.width // config.heads
+
+    def linear(p, x):
+        return F.linear(x, p["weight"], p.get("bias"))
+
+    def norm(p, x):
+        if config.norm == "layer":
+            return F.layer_norm(x, x.shape[-1:], p["weight"], p["bias"], config.eps)
+        return F.rms_norm(x, x.shape[-1:], p["weight"], config.eps)
+
+    def turn(x):
+        angle = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+        turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    def attention(p, x):
+        q, k, v = (linear(p[n], x).unflatten(-1, (-1, d)).transpose(1, 2) for n in ("q_proj", "k_proj", "v_proj"))
+        if config.positions == "rotary":
+            q, k = turn(q), turn(k)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return linear(p["o_proj"], o.transpose(1, 2).flatten(-2))
+
+    def mlp(p, x):
+        if config.mlp == "gelu":
+            return linear(p["down_proj"], F.gelu(linear(p["up_proj"], x), approximate="tanh"))
+        return linear(p["down_proj"], F.silu(linear(p["gate_proj"], x)) * linear(p["up_proj"], x))
+
+    x = F.embedding(ids, p["embedding"]["weight"])
+    if config.positions == "learned":
+        x = x + p["positions"]["weight"][:length]
+    for block in p["blocks"].values():
+        for name, f in (("attention", attention), ("mlp", mlp)):
+            part = block[name]
+            if config.placement == "pre":
+                x = x + f(part["sublayer"], norm(part["norm"], x))
+            else:
+                x = norm(part["norm"], x + f(part["sublayer"], x))
+    if config.placement == "pre":
+        x = norm(p["norm"], x)
+    return x @ (p["embedding"] if config.tied else p["head"])["weight"].T
+
+
+@ALL
+@pytest.mark.parametrize("length", [1, 5, 7])
+def test_backward_up_to_the_loss_is_the_derivative(config, length):
+    rng = np.random.default_rng(1)
+    ids, targets = (rng.integers(0, 12, (3, length)) for _ in range(2))
+    check_backward(with_loss(config, targets), draw(config, rng), ids, rng)
+
+
+@ALL
+def test_backward_up_to_the_logits_is_the_derivative(config):
+    rng = np.random.default_rng(2)
+    check_backward(lambda p: Transformer(config, p), draw(config, rng), rng.integers(0, 12, (3, 5)), rng)
+
+
+@ALL
+def test_backward_up_to_the_loss_agrees_with_finite_differences(config):
+    rng = np.random.default_rng(3)
+    ids, targets = (rng.integers(0, 12, (3, 5)) for _ in range(2))
+    check_central_difference(with_loss(config, targets), draw(config, rng), ids, rng)
+
+
+@ALL
+def test_each_parameter_alone_has_the_right_gradient(config):
+    rng = np.random.default_rng(4)
+    params, ids, targets = draw(config, rng), *(rng.integers(0, 12, (3, 5)) for _ in range(2))
+    layer = WithLoss(Transformer(config, params), targets)
+    _, grads = layer.backward(1.7, layer.forward(ids)[1])
+    for path, gradient in leaves(grads):
+        direction = rng.standard_normal(gradient.shape)
+
+        def move(tree, names, by):
+            name, *rest = names
+            return {**tree, name: move(tree[name], rest, by) if rest else tree[name] + by}
+
+        moved = move(map_tree(lambda a: a + 0j, params), path.split("."), 1e-30j * direction)
+        slope = 1.7 * with_loss(config, targets)(moved).forward(ids)[0].imag / 1e-30
+        size = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        assert abs(slope - np.sum(gradient * direction)) <= 1e-12 * max(size, 1e-3), path
+
+
+@ALL
+def test_torch_gives_the_same_loss_and_gradients(config):
+    rng = np.random.default_rng(5)
+    params, ids, targets = draw(config, rng), *(rng.integers(0, 12, (3, 5)) for _ in range(2))
+    tensors = map_tree(lambda a: torch.tensor(a, requires_grad=True), params)
+    logits = torch_logits(config, tensors, torch.tensor(ids))
+    expected = F.cross_entropy(logits.flatten(0, 1), torch.tensor(targets).flatten())
+    (1.7 * expected).backward()
+    layer = WithLoss(Transformer(config, params), targets)
+    loss, saved = layer.forward(ids)
+    _, grads = layer.backward(1.7, saved)
+    close(loss, expected.detach())
+    theirs = dict(leaves(tensors))
+    assert set(theirs) == {name for name, _ in leaves(grads)}
+    for name, gradient in leaves(grads):
+        if name.endswith("k_proj.bias") and config.positions == "learned":  # zero: a softmax does not see a shift
+            assert np.abs(gradient).max() < 1e-15
+        else:
+            close(gradient, theirs[name].grad, 1e-11)
+
+
+@ALL
+def test_float32_stays_float32_and_near_float64(config):
+    rng = np.random.default_rng(6)
+    params, ids, targets = draw(config, rng), *(rng.integers(0, 12, (3, 5)) for _ in range(2))
+    narrow = WithLoss(Transformer(config, map_tree(lambda a: a.astype("float32"), params)), targets)
+    loss, saved = narrow.forward(ids)
+    _, grads = narrow.backward(np.float32(1.7), saved)
+    assert {loss.dtype, *(g.dtype for _, g in leaves(grads))} == {np.dtype("float32")}
+    close(loss, WithLoss(Transformer(config, params), targets).forward(ids)[0], 1e-6)
+
+
+@ALL
+def test_a_later_token_does_not_change_a_bit_before_it(config):
+    rng = np.random.default_rng(7)
+    model, ids = Transformer(config, draw(config, rng)), rng.integers(0, 12, (3, 6))
+    other = ids.copy()
+    other[:, 4:] = (other[:, 4:] + 5) % 12
+    logits, logits_other = model.forward(ids)[0], model.forward(other)[0]
+    same_bits(logits[:, :4], logits_other[:, :4])
+    assert np.all(np.any(logits[:, 4:] != logits_other[:, 4:], axis=-1))
+
+
+@ALL
+def test_a_beginning_gives_the_logits_of_the_whole(config):
+    rng = np.random.default_rng(8)
+    model, ids = Transformer(config, draw(config, rng)), rng.integers(0, 12, (3, 7))
+    close(model.forward(ids[:, :3])[0], model.forward(ids)[0][:, :3])
+
+
+def test_the_same_token_elsewhere_gives_other_logits():
+    for config in CONFIGS.values():
+        rng = np.random.default_rng(9)
+        ids = np.array([[1, 2, 3, 1, 2]])
+        logits, _ = Transformer(config, draw(config, rng)).forward(ids)
+        assert np.abs(logits[0, 0] - logits[0, 3]).max() > 1e-3
+
+
+@ALL
+def test_initial_parameters_follow_the_seed(config):
+    same_bits(init(config, np.random.default_rng(10)), init(config, np.random.default_rng(10)))
+    first, other = init(config, np.random.default_rng(10)), init(config, np.random.default_rng(11))
+    assert not np.array_equal(first["embedding"]["weight"], other["embedding"]["weight"])
+
+
+@ALL
+def test_initial_parameters_have_the_shapes_and_spread_of_the_layout(config):
+    params = dict(leaves(init(config, np.random.default_rng(12), "float64")))
+    for name, leaf in leaves(layout(config)):
+        assert params[name].shape == leaf.shape
+        assert abs(params[name].mean() - leaf.mean) <= 6 * leaf.std / params[name].size ** 0.5
+        close(params[name].std(), leaf.std, 6 / params[name].size ** 0.5)
+    attention = "blocks.1.attention"
+    assert np.all(params[f"{attention}.norm.weight"] == 1)
+    assert (
+        params[f"{attention}.sublayer.o_proj.weight"].std() < 0.6 * params[f"{attention}.sublayer.q_proj.weight"].std()
+    )
+
+
+def test_initial_parameters_are_float32_unless_asked():
+    config = CONFIGS["modern"]
+    assert {a.dtype for _, a in leaves(init(config, np.random.default_rng(13)))} == {np.dtype("float32")}
+    double = init(config, np.random.default_rng(13), "float64")
+    same_bits(map_tree(lambda a: a.astype("float32"), double), init(config, np.random.default_rng(13)))
+
+
+def test_the_loss_of_initial_parameters_is_near_the_log_of_the_vocabulary():
+    for config in CONFIGS.values():
+        rng = np.random.default_rng(14)
+        ids, targets = (rng.integers(0, 12, (3, 5)) for _ in range(2))
+        loss, _ = WithLoss(Transformer(config, init(config, rng)), targets).forward(ids)
+        close(loss, np.log(12), 0.1)
+
+
+@ALL
+def test_parameters_are_copies_with_an_axis_for_each(config):
+    params = draw(config, np.random.default_rng(15))
+    model = Transformer(config, params)
+    same_bits(dict(leaves(model.params)), dict(leaves(params)))
+    for (name, held), (_, came) in zip(leaves(model.params), leaves(params), strict=True):
+        assert not np.shares_memory(held, came), name
+    assert [name for name, _ in leaves(model.shards)] == [name for name, _ in leaves(params)]
+
+
+def test_the_tied_head_is_the_table_itself():
+    config = CONFIGS["original"]
+    model = Transformer(config, draw(config, np.random.default_rng(16)))
+    assert model.head.params["weight"] is model.params["embedding"]["weight"]
+    assert "head" not in model.params
+
+
+def test_the_two_published_settings():
+    original, modern = Config.original(12), Config.modern(12)
+    choices = ("norm", "placement", "mlp", "positions", "tied", "bias")
+    assert [getattr(original, c) for c in choices] == ["layer", "post", "gelu", "learned", True, True]
+    assert [getattr(modern, c) for c in choices] == ["rms", "pre", "swiglu", "rotary", False, False]
+
+
+@pytest.mark.parametrize(
+    ("config", "hidden"),
+    [
+        (Config.original(12, width=24), 96),
+        (Config.modern(12, width=24), 64),
+        (Config.modern(12, width=48), 128),
+        (Config.modern(12, width=24, hidden=36), 36),
+    ],
+)
+def test_the_hidden_features_follow_the_width(config, hidden):
+    assert config.hidden_features == hidden
+    assert layout(config)["blocks"]["0"]["mlp"]["sublayer"]["down_proj"]["weight"].shape == (config.width, hidden)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm": "batch"}, "norm is 'batch'. Choose one of layer, rms."),
+        ({"placement": "both"}, "placement is 'both'. Choose one of post, pre."),
+        ({"mlp": "relu"}, "mlp is 'relu'. Choose one of gelu, swiglu."),
+        ({"positions": "none"}, "positions is 'none'. Choose one of learned, rotary."),
+        ({"depth": 0}, "depth is 0. It must be at least 1."),
+        ({"context": -1}, "context is -1. It must be at least 1."),
+        ({"width": 25}, "6 heads cannot share 25 features. Make width a multiple of heads."),
+        ({"kv_heads": 4}, "6 heads cannot share 4 heads of keys and values equally."),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(f"Config: {message}")):
+        Config.modern(12, **(SIZES | settings))
+
+
+@pytest.mark.parametrize("settings", [{"width": 18}, {"hidden": -36}, {"kv_heads": -3}])
+def test_settings_that_no_layer_could_take_are_refused_at_once(settings):
+    with pytest.raises(ValueError, match="Config: "):  # 18 features leave a head 3: no pairs to turn
+        Config.modern(12, **(SIZES | settings))
+
+
+@pytest.mark.parametrize("path", ["embedding", "blocks", "norm", "head"])
+def test_missing_parameters_are_named(path):
+    config = CONFIGS["modern"]
+    params = init(config, np.random.default_rng(17))
+    del params[path]
+    with pytest.raises(ValueError, match=rf"do not fit the configuration\.\n  {path}.*: expected \(.*\), came nothing"):
+        Transformer(config, params)
+
+
+def test_misshapen_and_needless_parameters_are_named():
+    config = CONFIGS["modern"]
+    params = init(config, np.random.default_rng(18))
+    params["blocks"]["1"]["mlp"]["norm"]["weight"] = np.ones(25, "float32")
+    params["head"]["bias"] = np.zeros(12, "float32")
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        Transformer(config, params)
+    assert str(caught.value).splitlines()[1:] == [
+        "  blocks.1.mlp.norm.weight: expected (24,), came (25,)",
+        "  head.bias: expected nothing, came (12,)",
+    ]
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 0), (5,), (1, 2, 3)])
+def test_ids_of_a_wrong_shape_are_refused(shape):
+    config = CONFIGS["modern"]
+    model = Transformer(config, init(config, np.random.default_rng(19)))
+    message = f"Transformer takes ids of shape (batch, length) with 1 to 7 positions; {shape} came."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.forward(np.zeros(shape, int))
+
+
+def test_ids_outside_the_vocabulary_are_refused():
+    config = CONFIGS["modern"]
+    model = Transformer(config, init(config, np.random.default_rng(20)))
+    with pytest.raises(ValueError, match="integers from 0 to 11; they came from 0 to 12"):
+        model.forward(np.array([[0, 12]]))
