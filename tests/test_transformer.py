@@ -231,6 +231,7 @@ def test_the_two_published_settings():
     choices = ("norm", "placement", "mlp", "positions", "tied", "bias")
     assert [getattr(original, c) for c in choices] == ["layer", "post", "gelu", "learned", True, True]
     assert [getattr(modern, c) for c in choices] == ["rms", "pre", "swiglu", "rotary", False, False]
+    assert original.eps == modern.eps == 1e-5
 
 
 @pytest.mark.parametrize(
