@@ -235,3 +235,12 @@ def test_float64_is_not_cut_short(norm):
 def test_another_working_precision_is_refused(norm, compute):
     with pytest.raises(ValueError, match=f"compute is '{compute}'. Choose None, 'float64' or 'float32'"):
         norm(compute=compute)
+
+
+@NORMS
+def test_the_buffer_size_of_the_caller_stays(norm):
+    before = np.getbufsize()
+    x = np.random.default_rng(15).standard_normal((2, 1024))
+    layer = norm(np.ones(1024))
+    layer.backward(x, layer.forward(x)[1])
+    assert np.getbufsize() == before
