@@ -77,7 +77,7 @@ class Rows:
     def _forward(
         self, formula: Callable[..., Any], x: Array, params: dict[str, Array], scale: Array | None
     ) -> tuple[Array, Array]:
-        xp, work, flat = array_module(x), self._work(x), _flat(x)
+        xp, work, flat = array_module(x), self._work(x, *params.values()), _flat(x)
         w, b = (_cast(params.get(name), work) for name in ("weight", "bias"))
         out, statistics = xp.empty_like(flat), []
         for s in self._blocks(flat):
@@ -105,7 +105,7 @@ class Rows:
         grads : dict
             For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
         """
-        xp, work = array_module(x), self._work(dy)
+        xp, work = array_module(x), self._work(dy, *params.values())
         flat, flat_dy = _flat(x), _flat(dy)
         w = _cast(params.get("weight"), work)
         out, sums = xp.empty_like(flat), dict.fromkeys(params, 0.0)
@@ -119,11 +119,12 @@ class Rows:
             grads = {name: round_to(sums[name], param.dtype) for name, param in params.items()}
         return xp.reshape(out, x.shape), grads
 
-    def _work(self, x: Array) -> Any:
+    def _work(self, *arrays: Array) -> Any:
         """Return the working dtype: complex128 for the complex step, which differentiates the very code that runs."""
-        if dtype_name(x) == "float64" and self.compute == "float32":
+        names = {dtype_name(a) for a in arrays}
+        if "float64" in names and self.compute == "float32":
             raise TypeError("compute='float32' would silently cut float64 arrays short. Leave compute out for them.")
-        return getattr(array_module(x), "complex128" if dtype_name(x) == "complex128" else self.compute)
+        return getattr(array_module(arrays[0]), "complex128" if "complex128" in names else self.compute)
 
     def _blocks(self, flat: Array) -> Iterator[slice]:
         rows, width = flat.shape

@@ -81,8 +81,8 @@ def check_module(layer: str, x: Array, params: Tree) -> None:
             )
 
 
-def check_features(layer: str, x: Array, width: int, group: Group = SOLO) -> None:
-    """Raise one clear error unless `x` is float32 or float64 with `width` features last.
+def check_features(layer: str, x: Array, width: int, group: Group = SOLO, name: str = "x") -> None:
+    """Raise one clear error unless `x`, in messages `name`, is float32 or float64 with `width` features last.
 
     complex128 is let through for the complex step, which differentiates the very code that runs.
     """
@@ -90,13 +90,15 @@ def check_features(layer: str, x: Array, width: int, group: Group = SOLO) -> Non
     if dtype_name(x) not in ("float32", "float64", "complex128"):
         raise group.error(
             TypeError(
-                f"{layer} works in float32 or float64; x is {dtype_name(x)}. "
-                "Convert it first, for example by x.astype(numpy.float32); only the norms take 16-bit floats."
+                f"{layer} works in float32 or float64; the dtype of {name} is {dtype_name(x)}. "
+                f"Convert it first, for example by {name}.astype(numpy.float32); only the norms take 16-bit floats."
             )
         )
     if x.ndim == 0 or x.shape[-1] != width:
         raise group.error(
-            ValueError(f"{layer} takes {width} features; x has shape {tuple(x.shape)}. The last axis must be {width}.")
+            ValueError(
+                f"{layer} takes {width} features; {name} has shape {tuple(x.shape)}. The last axis must be {width}."
+            )
         )
 
 

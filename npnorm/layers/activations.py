@@ -8,7 +8,7 @@ GELU in its tanh form: Dan Hendrycks and Kevin Gimpel, "Gaussian Error Linear Un
 
 SiLU: Stefan Elfwing, Eiji Uchibe and Kenji Doya, "Sigmoid-Weighted Linear Units", 2017, arXiv:1702.03118, equation 2.
 
-    s  = 1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2
+    s  = 1 / (1 + exp(-x))
     y  = x s
     dx = dy s (1 + x (1 - s))
 """
@@ -16,7 +16,9 @@ SiLU: Stefan Elfwing, Eiji Uchibe and Kenji Doya, "Sigmoid-Weighted Linear Units
 import math
 from typing import NamedTuple
 
-from npnorm.arrays import Array, tanh
+import numpy as np
+
+from npnorm.arrays import Array, exp, tanh
 
 C = math.sqrt(2 / math.pi)
 A = 0.044715
@@ -72,7 +74,8 @@ class SiLU:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
-        s = (1 + tanh(x / 2)) / 2  # exp(-x) would leave the range
+        with np.errstate(over="ignore"):  # exp(-x) = infinity gives s = 0, as it should
+            s = 1 / (1 + exp(-x))
         y = x * s
         return y, Saved(x, s)
 

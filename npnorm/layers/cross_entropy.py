@@ -51,7 +51,7 @@ class CrossEntropy:
         """Return the loss, without axes, for logits of shape (..., vocabulary) and targets of shape (...)."""
         xp = array_module(logits)
         held = logits.shape[-1] if logits.ndim else 0
-        check_features("CrossEntropy", logits, held or 1, self.group)
+        check_features("CrossEntropy", logits, held or 1, self.group, name="logits")
         check_module("CrossEntropy", logits, {"targets": targets})
         if tuple(targets.shape) != tuple(logits.shape[:-1]):
             raise self.group.error(
@@ -60,6 +60,8 @@ class CrossEntropy:
                     f"{tuple(targets.shape)} came."
                 )
             )
+        if targets.size == 0:
+            raise self.group.error(ValueError("CrossEntropy: the mean over no targets does not exist."))
         check_ids("CrossEntropy", targets, held * self.group.size, self.group)
         ids = from_numpy(np.arange(held) + self.group.rank * held, targets)
         target = targets[..., None] == ids

@@ -58,7 +58,7 @@ class Embedding:
         check_module("Embedding", ids, self.params)
         check_ids("Embedding", ids, held * self.group.size, self.group)
         xp = array_module(ids)
-        rows = ids - self.group.rank * held
+        rows = xp.astype(ids, xp.int64) - self.group.rank * held
         inside = (rows >= 0) & (rows < held)
         found = xp.take(w, xp.reshape(xp.where(inside, rows, xp.zeros_like(rows)), (-1,)), axis=0)
         x = xp.reshape(found, (*ids.shape, w.shape[1])) * xp.astype(inside, w.dtype)[..., None]
@@ -67,7 +67,7 @@ class Embedding:
     def backward(self, dx: Array, saved: Saved) -> tuple[None, dict[str, Array]]:
         """Return None, since ids have no gradient, and the gradient of the table."""
         w = self.params["weight"]
-        check_features("Embedding.backward", dx, w.shape[1], self.group)
+        check_features("Embedding.backward", dx, w.shape[1], self.group, name="dx")
         xp = array_module(dx)
         each_row = from_numpy(np.arange(w.shape[0]), saved.rows)
         onehot = xp.astype(xp.reshape(saved.rows, (-1, 1)) == each_row, dx.dtype)

@@ -68,7 +68,7 @@ class Linear:
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, and the gradients of weight and bias."""
         w = self.params["weight"]
-        check_features("Linear.backward", dy, w.shape[0], self.group)
+        check_features("Linear.backward", dy, w.shape[0], self.group, name="dy")
         xp = array_module(dy)
         rows_dy = xp.reshape(dy, (-1, w.shape[0]))
         rows_x = xp.reshape(saved.x, (-1, w.shape[1]))

@@ -45,33 +45,34 @@ class Features:
             if dtype_name(array) not in FLOATS and dtype_name(array) != "complex128":
                 raise TypeError(f"{layer}: {name} has dtype {dtype_name(array)}. Use one of {', '.join(FLOATS)}.")
 
-    def check(self, *arrays: Array) -> None:
+    def check(self, **arrays: Array) -> None:
         """Raise one clear error, on every rank of the group, unless the arrays are floats with these features last.
 
         complex128 is let through for the complex step: the formulas are then continued analytically.
         """
-        for x in arrays:
+        for name, x in arrays.items():
             check_module(self.layer, x, self.params)
             if dtype_name(x) not in FLOATS and dtype_name(x) != "complex128":
                 raise self.group.error(
                     TypeError(
-                        f"{self.layer} works on {', '.join(FLOATS)}; x is {dtype_name(x)}. "
-                        "Convert it first, for example by x.astype(numpy.float32)."
+                        f"{self.layer} works on {', '.join(FLOATS)}; {name} is {dtype_name(x)}. "
+                        f"Convert it first, for example by {name}.astype(numpy.float32)."
                     )
                 )
             if x.ndim == 0 or x.shape[-1] == 0 or (self.width and x.shape[-1] != self.width):
                 held = f"holds {self.width} features" if self.width else "needs at least one feature"
                 last = f"must be {self.width}" if self.width else "must not be empty"
                 raise self.group.error(
-                    ValueError(f"{self.layer} {held}; x has shape {tuple(x.shape)}. The last axis {last}.")
+                    ValueError(f"{self.layer} {held}; {name} has shape {tuple(x.shape)}. The last axis {last}.")
                 )
-            if x.shape != arrays[0].shape:
-                raise self.group.error(
-                    ValueError(
-                        f"{self.layer}: dy has shape {tuple(arrays[0].shape)}, and the x that was saved "
-                        f"{tuple(x.shape)}. Hand backward the gradient of the y that came with this saved."
-                    )
+        shapes = [tuple(x.shape) for x in arrays.values()]
+        if shapes[0] != shapes[-1]:
+            raise self.group.error(
+                ValueError(
+                    f"{self.layer}: dy has shape {shapes[0]}, and the x that was saved {shapes[-1]}. "
+                    "Hand backward the gradient of the y that came with this saved."
                 )
+            )
 
     def mean(self, *arrays: Array) -> Any:
         """Return the mean over the features, kept as an axis of length 1; several arrays share one message."""

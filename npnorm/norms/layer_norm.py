@@ -91,7 +91,7 @@ class LayerNorm:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
-        self.features.check(x)
+        self.features.check(x=x)
         centre = self.features.centre
 
         def formula(x: Array, w: Array, b: Array, eps: Array) -> tuple[Array, Array]:
@@ -106,7 +106,7 @@ class LayerNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
-        self.features.check(dy, saved.x)
+        self.features.check(dy=dy, x=saved.x)
         mean = self.features.mean
 
         def formula(dy: Array, x: Array, w: Array, statistics: Array) -> tuple[Array, dict[str, Array]]:

@@ -89,7 +89,7 @@ class RMSNorm:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
-        self.features.check(x)
+        self.features.check(x=x)
         mean = self.features.mean
 
         def formula(x: Array, w: Array, b: Array, eps: Array) -> tuple[Array, Array]:
@@ -103,7 +103,7 @@ class RMSNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
-        self.features.check(dy, saved.x)
+        self.features.check(dy=dy, x=saved.x)
         mean = self.features.mean
 
         def formula(dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Array, dict[str, Array]]:

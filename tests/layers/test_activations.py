@@ -61,10 +61,19 @@ def test_torch_gives_the_same(activation, theirs):
 def test_far_from_zero_it_is_the_identity_or_zero(activation, dtype):
     x, dy = np.array([1e4, -1e4, 200, -200], dtype), np.array([2, 3, 5, 7], dtype)
     y, saved = activation().forward(x)
-    np.testing.assert_array_equal(y, np.array([1e4, 0, 200, 0], dtype))
+    np.testing.assert_allclose(y, [1e4, 0, 200, 0], rtol=0, atol=1e-80)
     dx, _ = activation().backward(dy, saved)
-    np.testing.assert_array_equal(dx, np.array([2, 0, 5, 0], dtype))
+    np.testing.assert_allclose(dx, [2, 0, 5, 0], rtol=0, atol=1e-80)
     assert y.dtype == dx.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_silu_keeps_its_digits_below_zero(dtype):
+    # exp(-10) is small beside 1, so that y is x exp(x) (1 - exp(x)) to more digits than float32 has.
+    x = np.array([-10, -20, -40, -80], dtype)
+    y, _ = SiLU().forward(x)
+    wide = x.astype("float64")
+    np.testing.assert_allclose(y, wide * np.exp(wide) / (1 + np.exp(wide)), rtol=4 * np.finfo(dtype).eps)
 
 
 @BOTH

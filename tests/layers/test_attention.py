@@ -200,7 +200,7 @@ def test_an_input_of_another_width_or_dtype_is_refused():
     layer = Attention(draw(np.random.default_rng(14), 7, 2, 1, 4), 2, 1)
     with pytest.raises(ValueError, match=r"Attention takes 7 features; x has shape \(2, 5, 8\)"):
         layer.forward(np.ones((2, 5, 8)))
-    with pytest.raises(TypeError, match="Attention works in float32 or float64; x is int64"):
+    with pytest.raises(TypeError, match="Attention works in float32 or float64; the dtype of x is int64"):
         layer.forward(np.ones((2, 5, 7), "int64"))
 
 

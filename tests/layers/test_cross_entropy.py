@@ -118,7 +118,7 @@ def test_targets_that_are_not_integers_are_refused():
 
 
 def test_logits_that_are_not_floats_are_refused():
-    with pytest.raises(TypeError, match="CrossEntropy works in float32 or float64; x is int64"):
+    with pytest.raises(TypeError, match="CrossEntropy works in float32 or float64; the dtype of logits is int64"):
         CrossEntropy().forward(np.ones((3, 4), int), np.zeros(3, int))
 
 
@@ -132,3 +132,8 @@ def test_lists_are_refused():
 def test_a_single_logit_is_refused():
     with pytest.raises(ValueError, match="CrossEntropy"):
         CrossEntropy().forward(np.array(1.0), np.array(0))
+
+
+def test_no_targets_are_refused():
+    with pytest.raises(ValueError, match="the mean over no targets does not exist"):
+        CrossEntropy().forward(np.zeros((0, 4)), np.zeros(0, int))

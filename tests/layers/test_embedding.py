@@ -87,7 +87,7 @@ def test_a_table_that_is_not_a_matrix_is_refused():
 def test_a_gradient_of_another_width_is_refused():
     layer = Embedding(np.ones((5, 2)))
     _, saved = layer.forward(np.array([1, 2]))
-    with pytest.raises(ValueError, match=r"Embedding\.backward takes 2 features; x has shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"Embedding\.backward takes 2 features; dx has shape \(2, 3\)"):
         layer.backward(np.ones((2, 3)), saved)
 
 
@@ -120,3 +120,10 @@ def test_more_positions_than_the_table_has_are_refused():
 def test_positions_of_another_width_are_refused():
     with pytest.raises(ValueError, match=r"Positions takes 2 features; x has shape \(1, 3, 5\)"):
         Positions(np.ones((3, 2))).forward(np.ones((1, 3, 5)))
+
+
+def test_ids_of_a_narrow_type_reach_every_row():
+    rng = np.random.default_rng(20)
+    table = rng.standard_normal((300, 2))
+    x, _ = Embedding(table).forward(np.array([0, 255], "uint8"))
+    np.testing.assert_array_equal(x, table[[0, 255]])

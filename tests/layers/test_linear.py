@@ -112,14 +112,14 @@ def test_an_input_of_another_width_is_refused(shape):
 
 @pytest.mark.parametrize("dtype", ["int64", "float16"])
 def test_an_input_of_another_dtype_is_refused(dtype):
-    with pytest.raises(TypeError, match=f"Linear works in float32 or float64; x is {dtype}"):
+    with pytest.raises(TypeError, match=f"Linear works in float32 or float64; the dtype of x is {dtype}"):
         Linear(np.ones((2, 3))).forward(np.ones((4, 3), dtype))
 
 
 def test_a_gradient_of_another_width_is_refused():
     layer = Linear(np.ones((2, 3)))
     _, saved = layer.forward(np.ones((4, 3)))
-    with pytest.raises(ValueError, match=r"Linear\.backward takes 2 features; x has shape \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"Linear\.backward takes 2 features; dy has shape \(4, 3\)"):
         layer.backward(np.ones((4, 3)), saved)
 
 
