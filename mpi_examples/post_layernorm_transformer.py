@@ -8,9 +8,9 @@ last digits of float64; then a larger one learns real text, character by charact
 
 from transformer_check import check_transformer
 
+from npnorm.config import Config
 from npnorm.mpi import Ranks, run
 from npnorm.training.program import arguments, train_on_text
-from npnorm.transformer import Config
 
 
 def main(group: Ranks) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import numpy as np
 from against_serial import Table
 
+from npnorm.config import Config, init
 from npnorm.layer import leaves, shard
 from npnorm.layers import CrossEntropy
 from npnorm.mpi import Ranks
-from npnorm.transformer import Config, Transformer, init
+from npnorm.transformer import Transformer
 
 
 def check_transformer(group: Ranks, make_config: Callable[..., Config]) -> None:

@@ -14,8 +14,16 @@ FILES = {
 }
 ALL = pytest.mark.parametrize("name", FILES)
 
-FLOORS = [{"arrays"}, {"group"}, {"layer", "blocked", "mpi"}, {"norms"}, {"layers"}, {"blocks"}, {"transformer"}]
-FLOORS += [{"training"}, {"__init__"}]
+FLOORS = [{"arrays"}, {"group"}, {"layer", "blocked", "mpi"}, {"norms"}, {"layers"}, {"blocks", "config"}]
+    {"arrays"},
+    {"group"},
+    {"layer", "blocked", "mpi"},
+    {"norms"},
+    {"layers"},
+    {"blocks", "config"},
+    {"transformer"},
+]
+FLOORS += [{"transformer"}, {"training"}, {"__init__"}]
 
 
 def part(name):

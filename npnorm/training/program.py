@@ -11,11 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from npnorm.arrays import to_numpy
+from npnorm.config import Config, init
 from npnorm.group import Group
 from npnorm.layer import leaves
 from npnorm.training.loop import Recipe, evaluate, generate, train
 from npnorm.training.text import Characters, language_reference, read, split, unigram_entropy
-from npnorm.transformer import Config, Transformer, init
+from npnorm.transformer import Transformer
 
 PADDING = 16
 """The vocabulary is rounded up to a multiple of this and of the number of ranks, so that the ranks can share it."""

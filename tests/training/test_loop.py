@@ -2,9 +2,10 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 
+from npnorm.config import Config, init
 from npnorm.layer import leaves, map_tree
 from npnorm.training import Characters, Recipe, evaluate, generate, train, unigram_entropy
-from npnorm.transformer import Config, Transformer, init
+from npnorm.transformer import Transformer
 
 TEXT = "the mean of the squares is not the square of the mean; " * 40
 SIZES = {"width": 16, "depth": 1, "heads": 2, "context": 12}

@@ -1,0 +1,177 @@
+"""The settings of a transformer, and the parameters that they ask for.
+
+`Config.original` and `Config.modern` are two settings of the one text in `npnorm.transformer`. `layout` lists the
+parameters of a configuration, `init` draws them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from npnorm.arrays import Array
+from npnorm.layer import Tree, map_tree
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a transformer.
+
+    Attributes
+    ----------
+    vocabulary, width, depth, heads, context : int
+        Tokens; features of a position; blocks; heads of attention; the longest input.
+    hidden : int or None
+        Hidden features of the MLP; None: 4 width, or for the gated MLP 8/3 width rounded up to a multiple of 32.
+    kv_heads : int or None
+        Heads of keys and values; None: as many as heads.
+    norm, placement, mlp, positions : str
+        Which page each part is taken from.
+    tied : bool
+        Whether the head uses the table of the embedding.
+    bias : bool
+        Whether linear layers have a bias; layer normalization always has one.
+    eps : float
+    """
+
+    vocabulary: int
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    context: int = 128
+    hidden: int | None = None
+    kv_heads: int | None = None
+    norm: Literal["layer", "rms"] = "rms"
+    placement: Literal["post", "pre"] = "pre"
+    mlp: Literal["gelu", "swiglu"] = "swiglu"
+    positions: Literal["learned", "rotary"] = "rotary"
+    tied: bool = False
+    bias: bool = False
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("norm", ("layer", "rms")),
+            ("placement", ("post", "pre")),
+            ("mlp", ("gelu", "swiglu")),
+            ("positions", ("learned", "rotary")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Config: {name} is {getattr(self, name)!r}. Choose one of {', '.join(choices)}.")
+        for name in ("vocabulary", "width", "depth", "heads", "context", "hidden", "kv_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Config: {name} is {value}. It must be at least 1.")
+        if self.width % self.heads:
+            raise ValueError(
+                f"Config: {self.heads} heads cannot share {self.width} features. Make width a multiple of heads."
+            )
+        if self.positions == "rotary" and self.width // self.heads % 2:
+            raise ValueError(
+                f"Config: rotary positions turn pairs of features, and a head has {self.width // self.heads}. "
+                "Choose width and heads so that it is an even number."
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(
+                f"Config: {self.heads} heads cannot share {self.kv_heads} heads of keys and values equally. "
+                "Make heads a multiple of kv_heads."
+            )
+
+    @classmethod
+    def original(cls, vocabulary: int, **sizes: Any) -> "Config":
+        """Return the settings of 2017-18: post-LayerNorm, GELU, learned positions, biases, a tied head."""
+        choice: Any = {
+            "norm": "layer",
+            "placement": "post",
+            "mlp": "gelu",
+            "positions": "learned",
+            "tied": True,
+            "bias": True,
+        }
+        return cls(vocabulary, **(choice | sizes))
+
+    @classmethod
+    def modern(cls, vocabulary: int, **sizes: Any) -> "Config":
+        """Return the settings of today: pre-RMSNorm, SwiGLU, rotary positions, no bias, a head of its own."""
+        choice: Any = {
+            "norm": "rms",
+            "placement": "pre",
+            "mlp": "swiglu",
+            "positions": "rotary",
+            "tied": False,
+            "bias": False,
+        }
+        return cls(vocabulary, **(choice | sizes))
+
+    @property
+    def hidden_features(self) -> int:
+        """The hidden features of the MLP."""
+        gated = -(-8 * self.width // 3 // 32) * 32
+        return self.hidden or (gated if self.mlp == "swiglu" else 4 * self.width)
+
+
+class Drawn(NamedTuple):
+    """A parameter to be drawn from N(mean, std^2)."""
+
+    shape: tuple[int, ...]
+    mean: float = 0.0
+    std: float = 0.0
+
+
+def layout(config: Config) -> Tree:
+    """Return the tree of a transformer's parameters: for each its shape and how it is drawn.
+
+    Weights are drawn from N(0, 0.02^2), norms are ones, biases zeros. The projections that end in a residual
+    connection are drawn smaller by sqrt(2 depth), the number of them that the last position sums: Alec Radford et al.,
+    "Language Models are Unsupervised Multitask Learners", 2019, section 2.3.
+    """
+    c = config
+    kv_width = c.width // c.heads * (c.kv_heads or c.heads)
+    std, last = 0.02, 0.02 / (2 * c.depth) ** 0.5
+
+    def linear(outputs: int, inputs: int, std: float = std) -> Tree:
+        weight = Drawn((outputs, inputs), std=std)
+        return {"weight": weight, "bias": Drawn((outputs,))} if c.bias else {"weight": weight}
+
+    def norm() -> Tree:
+        weight = Drawn((c.width,), mean=1.0)
+        return {"weight": weight, "bias": Drawn((c.width,))} if c.norm == "layer" else {"weight": weight}
+
+    def block() -> Tree:
+        attention = {
+            "q_proj": linear(c.width, c.width),
+            "k_proj": linear(kv_width, c.width),
+            "v_proj": linear(kv_width, c.width),
+            "o_proj": linear(c.width, c.width, last),
+        }
+        mlp = {
+            "gate_proj": linear(c.hidden_features, c.width),
+            "up_proj": linear(c.hidden_features, c.width),
+            "down_proj": linear(c.width, c.hidden_features, last),
+        }
+        if c.mlp == "gelu":
+            del mlp["gate_proj"]
+        return {"attention": {"norm": norm(), "sublayer": attention}, "mlp": {"norm": norm(), "sublayer": mlp}}
+
+    tree: Tree = {"embedding": {"weight": Drawn((c.vocabulary, c.width), std=std)}}
+    if c.positions == "learned":
+        tree["positions"] = {"weight": Drawn((c.context, c.width), std=std)}
+    tree["blocks"] = {str(i): block() for i in range(c.depth)}
+    if c.placement == "pre":
+        tree["norm"] = norm()
+    if not c.tied:
+        tree["head"] = {"weight": Drawn((c.vocabulary, c.width), std=std)}
+    return tree
+
+
+def init(config: Config, rng: np.random.Generator, dtype: str = "float32") -> Tree:
+    """Return the whole parameters of a transformer, drawn as `layout` says.
+
+    On a group every rank draws the same from the same seed, and `Transformer` takes its shards.
+    """
+
+    def draw(leaf: Drawn) -> Array:
+        noise = rng.standard_normal(leaf.shape) if leaf.std else np.zeros(leaf.shape)
+        return (leaf.mean + leaf.std * noise).astype(dtype)
+
+    return map_tree(draw, layout(config))

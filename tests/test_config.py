@@ -1,0 +1,84 @@
+import re
+
+import numpy as np
+import pytest
+
+from npnorm import Config
+from npnorm.config import init, layout
+from npnorm.layer import leaves, map_tree
+from tests.check import close, same_bits
+from tests.test_transformer import ALL, CONFIGS, SIZES
+
+
+@ALL
+def test_initial_parameters_follow_the_seed(config):
+    same_bits(init(config, np.random.default_rng(10)), init(config, np.random.default_rng(10)))
+    first, other = init(config, np.random.default_rng(10)), init(config, np.random.default_rng(11))
+    assert not np.array_equal(first["embedding"]["weight"], other["embedding"]["weight"])
+
+
+@ALL
+def test_initial_parameters_have_the_shapes_and_spread_of_the_layout(config):
+    params = dict(leaves(init(config, np.random.default_rng(12), "float64")))
+    for name, leaf in leaves(layout(config)):
+        assert params[name].shape == leaf.shape
+        assert abs(params[name].mean() - leaf.mean) <= 6 * leaf.std / params[name].size ** 0.5
+        close(params[name].std(), leaf.std, 6 / params[name].size ** 0.5)
+    attention = "blocks.1.attention"
+    assert np.all(params[f"{attention}.norm.weight"] == 1)
+    assert (
+        params[f"{attention}.sublayer.o_proj.weight"].std() < 0.6 * params[f"{attention}.sublayer.q_proj.weight"].std()
+    )
+
+
+def test_initial_parameters_are_float32_unless_asked():
+    config = CONFIGS["modern"]
+    assert {a.dtype for _, a in leaves(init(config, np.random.default_rng(13)))} == {np.dtype("float32")}
+    double = init(config, np.random.default_rng(13), "float64")
+    same_bits(map_tree(lambda a: a.astype("float32"), double), init(config, np.random.default_rng(13)))
+
+
+def test_the_two_published_settings():
+    original, modern = Config.original(12), Config.modern(12)
+    choices = ("norm", "placement", "mlp", "positions", "tied", "bias")
+    assert [getattr(original, c) for c in choices] == ["layer", "post", "gelu", "learned", True, True]
+    assert [getattr(modern, c) for c in choices] == ["rms", "pre", "swiglu", "rotary", False, False]
+    assert original.eps == modern.eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "hidden"),
+    [
+        (Config.original(12, width=24), 96),
+        (Config.modern(12, width=24), 64),
+        (Config.modern(12, width=48), 128),
+        (Config.modern(12, width=24, hidden=36), 36),
+    ],
+)
+def test_the_hidden_features_follow_the_width(config, hidden):
+    assert config.hidden_features == hidden
+    assert layout(config)["blocks"]["0"]["mlp"]["sublayer"]["down_proj"]["weight"].shape == (config.width, hidden)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm": "batch"}, "norm is 'batch'. Choose one of layer, rms."),
+        ({"placement": "both"}, "placement is 'both'. Choose one of post, pre."),
+        ({"mlp": "relu"}, "mlp is 'relu'. Choose one of gelu, swiglu."),
+        ({"positions": "none"}, "positions is 'none'. Choose one of learned, rotary."),
+        ({"depth": 0}, "depth is 0. It must be at least 1."),
+        ({"context": -1}, "context is -1. It must be at least 1."),
+        ({"width": 25}, "6 heads cannot share 25 features. Make width a multiple of heads."),
+        ({"kv_heads": 4}, "6 heads cannot share 4 heads of keys and values equally."),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(f"Config: {message}")):
+        Config.modern(12, **(SIZES | settings))
+
+
+@pytest.mark.parametrize("settings", [{"width": 18}, {"hidden": -36}, {"kv_heads": -3}])
+def test_settings_that_no_layer_could_take_are_refused_at_once(settings):
+    with pytest.raises(ValueError, match="Config: "):  # 18 features leave a head 3: no pairs to turn
+        Config.modern(12, **(SIZES | settings))
