@@ -15,14 +15,6 @@ FILES = {
 ALL = pytest.mark.parametrize("name", FILES)
 
 FLOORS = [{"arrays"}, {"group"}, {"layer", "blocked", "mpi"}, {"norms"}, {"layers"}, {"blocks", "config"}]
-    {"arrays"},
-    {"group"},
-    {"layer", "blocked", "mpi"},
-    {"norms"},
-    {"layers"},
-    {"blocks", "config"},
-    {"transformer"},
-]
 FLOORS += [{"transformer"}, {"training"}, {"__init__"}]
 
 
