@@ -1,4 +1,4 @@
-"""The array module behind an array: NumPy, CuPy, or any library that follows the array API standard.
+"""The array module behind an array: NumPy, CuPy, or one of the array API standard whose arrays can be written to.
 
 The layers use operators, and functions of the array API standard that NumPy and CuPy share. This is the only file
 that names CuPy, and it never imports it: a CuPy array cannot exist unless CuPy is already loaded.

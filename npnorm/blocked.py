@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
-from npnorm.group import Group, Solo
+from npnorm.group import Group, Solo, everywhere
 
 BLOCK = 1 << 20
 """Bytes of one operand in a block, in working precision: about a core's L2 cache."""
@@ -41,10 +41,11 @@ class Rows:
     """
 
     def __init__(self, eps: float, group: Group, compute: str | None) -> None:
-        self.eps = eps
+        self.eps = float(eps)  # a Python number takes the precision of the array that it meets
         self.group = group
-        if compute not in (None, *SAFE):
-            raise ValueError(f"compute is {compute!r}. Choose None, 'float64' or 'float32'.")
+        with everywhere(group):
+            if compute not in (None, *SAFE):
+                raise ValueError(f"compute is {compute!r}. Choose None, 'float64' or 'float32'.")
         self.compute = compute or "float64"
 
     def forward(
@@ -122,8 +123,9 @@ class Rows:
     def _work(self, *arrays: Array) -> Any:
         """Return the working dtype: complex128 for the complex step, which differentiates the very code that runs."""
         names = {dtype_name(a) for a in arrays}
-        if "float64" in names and self.compute == "float32":
-            raise TypeError("compute='float32' would silently cut float64 arrays short. Leave compute out for them.")
+        with everywhere(self.group):
+            if "float64" in names and self.compute == "float32":
+                raise TypeError("compute='float32' would cut float64 arrays short. Leave compute out for them.")
         return getattr(array_module(arrays[0]), "complex128" if "complex128" in names else self.compute)
 
     def _blocks(self, flat: Array) -> Iterator[slice]:

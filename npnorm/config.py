@@ -93,15 +93,7 @@ class Config:
     @classmethod
     def modern(cls, vocabulary: int, **sizes: Any) -> "Config":
         """Return the settings of today: pre-RMSNorm, SwiGLU, rotary positions, no bias, a head of its own."""
-        choice: Any = {
-            "norm": "rms",
-            "placement": "pre",
-            "mlp": "swiglu",
-            "positions": "rotary",
-            "tied": False,
-            "bias": False,
-        }
-        return cls(vocabulary, **(choice | sizes))
+        return cls(vocabulary, **sizes)
 
     @property
     def hidden_features(self) -> int:
@@ -121,9 +113,9 @@ class Drawn(NamedTuple):
 def layout(config: Config) -> Tree:
     """Return the tree of a transformer's parameters: for each its shape and how it is drawn.
 
-    Weights are drawn from N(0, 0.02^2), norms are ones, biases zeros. The projections that end in a residual
-    connection are drawn smaller by sqrt(2 depth), the number of them that the last position sums: Alec Radford et al.,
-    "Language Models are Unsupervised Multitask Learners", 2019, section 2.3.
+    Weights are drawn from N(0, 0.02^2), norms are ones, biases zeros. Of the projections that end in a residual
+    connection, 2 depth add up; they are drawn smaller by sqrt(2 depth): Alec Radford et al., "Language Models are
+    Unsupervised Multitask Learners", 2019, section 2.3.
     """
     c = config
     kv_width = c.width // c.heads * (c.kv_heads or c.heads)

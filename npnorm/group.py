@@ -5,9 +5,15 @@ equal part along one axis), or *partial* (the true array is the sum over the ran
 which the three are the same. `npnorm.mpi.Ranks` has the same names over MPI, so that a layer is written once.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from npnorm.arrays import Array, array_module
+
+
+class RankError(RuntimeError):
+    """An error that every rank raises at the same point, with the same text."""
 
 
 class Group(Protocol):
@@ -67,6 +73,25 @@ class Solo:
 
 SOLO = Solo()
 """The group that every layer belongs to unless it is given another."""
+
+
+@contextmanager
+def everywhere(group: Group) -> Iterator[None]:
+    """Raise on every rank of the group what any rank raises within; the others learn of it at their next message.
+
+    Examples
+    --------
+    >>> with everywhere(SOLO):
+    ...     raise ValueError("on all")
+    Traceback (most recent call last):
+    ValueError: on all
+    """
+    try:
+        yield
+    except RankError:
+        raise
+    except Exception as problem:
+        raise group.error(problem) from None
 
 
 def part(group: Group, length: int, what: str) -> slice:

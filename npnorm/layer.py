@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from npnorm.arrays import Array, array_module, dtype_name, to_numpy
-from npnorm.group import SOLO, Group
+from npnorm.group import Group
 
 Tree = Any
 """A leaf, or a dict of names to trees: `{"norm": {"weight": w}, "mlp": {...}}`."""
@@ -60,14 +60,38 @@ def leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def replicated(params: Tree) -> Tree:
-    """Return the shards of a layer that every rank holds whole: None for each of its arrays."""
-    return map_tree(lambda _: None, params)
+def checksum(tree: Tree) -> int:
+    """Return a checksum of the names, and of the bits of the arrays, of a tree."""
+    total = 0
+    for name, array in sorted(leaves(tree), key=lambda leaf: leaf[0]):
+        total = zlib.crc32(to_numpy(array).tobytes(), zlib.crc32(name.encode(), total))
+    return total
 
 
 def shard(params: Tree, shards: Tree, group: Group) -> Tree:
-    """Return copies of the parts of `params` that this rank holds."""
+    """Return copies of the parts of the whole `params` that this rank holds."""
     return map_tree(lambda array, axis: group.shard(array, axis), params, shards)
+
+
+def take_shards(layer: str, params: Tree, axes: Tree, group: Group) -> tuple[Tree, Tree]:
+    """Return this rank's parts of the whole `params`, and the tree of the axes that belong to them.
+
+    `axes` has, for each array that the layer can have, the axis along which it is split. Raises a RankError if the
+    whole arrays are not the same on every rank.
+    """
+    if group.size > 1:
+        group.agree(f"{layer} of whole arrays with checksum {checksum(params):08x}")
+    shards = {part: {name: axes[part][name] for name in params[part]} for part in axes}
+    return shard({part: params[part] for part in axes}, shards, group), shards
+
+
+def check_names(layer: str, params: Tree, axes: Tree) -> None:
+    """Raise one clear error unless `params` has the arrays of `axes`; a "bias" may be left out."""
+    known, came = [name for name, _ in leaves(axes)], [name for name, _ in leaves(params)]
+    missing = [name for name in known if name not in came and not name.endswith("bias")]
+    strange = [name for name in came if name not in known]
+    if missing or strange:
+        raise ValueError(f"{layer} takes {', '.join(known)}; missing: {missing}, unknown: {strange}.")
 
 
 def check_module(layer: str, x: Array, params: Tree) -> None:
@@ -81,40 +105,44 @@ def check_module(layer: str, x: Array, params: Tree) -> None:
             )
 
 
-def check_features(layer: str, x: Array, width: int, group: Group = SOLO, name: str = "x") -> None:
+def check_dtype(layer: str, x: Array, params: Tree) -> None:
+    """Raise one clear error unless `x` and the parameters have one dtype; complex128 goes with any."""
+    for name, param in leaves(params):
+        if dtype_name(param) != dtype_name(x) and "complex128" not in (dtype_name(param), dtype_name(x)):
+            raise TypeError(
+                f"{layer}: {name} is {dtype_name(param)}, x is {dtype_name(x)}. Convert one of them: "
+                "the result would silently have the wider type."
+            )
+
+
+def check_features(layer: str, x: Array, width: int, name: str = "x") -> None:
     """Raise one clear error unless `x`, in messages `name`, is float32 or float64 with `width` features last.
 
     complex128 is let through for the complex step, which differentiates the very code that runs.
     """
     array_module(x)  # raises, if x is not an array
     if dtype_name(x) not in ("float32", "float64", "complex128"):
-        raise group.error(
-            TypeError(
-                f"{layer} works in float32 or float64; the dtype of {name} is {dtype_name(x)}. "
-                f"Convert it first, for example by {name}.astype(numpy.float32); only the norms take 16-bit floats."
-            )
+        raise TypeError(
+            f"{layer} works in float32 or float64; the dtype of {name} is {dtype_name(x)}. "
+            f"Convert it first, for example by {name}.astype(numpy.float32); only the norms take 16-bit floats."
         )
     if x.ndim == 0 or x.shape[-1] != width:
-        raise group.error(
-            ValueError(
-                f"{layer} takes {width} features; {name} has shape {tuple(x.shape)}. The last axis must be {width}."
-            )
+        raise ValueError(
+            f"{layer} takes {width} features; {name} has shape {tuple(x.shape)}. The last axis must be {width}."
         )
 
 
 def check_ids(layer: str, ids: Array, below: int, group: Group) -> None:
-    """Raise one clear error, on every rank, unless `ids` are integers from 0 to below - 1, the same on every rank."""
+    """Raise one clear error unless `ids` are integers from 0 to below - 1, the same on every rank."""
     array_module(ids)  # raises, if ids are not an array
     if not dtype_name(ids).startswith(("int", "uint")):
-        raise group.error(TypeError(f"{layer} takes integers from 0 to {below - 1}; {dtype_name(ids)} came."))
+        raise TypeError(f"{layer} takes integers from 0 to {below - 1}; {dtype_name(ids)} came.")
     values = to_numpy(ids)
     if values.size and not (values.min() >= 0 and values.max() < below):
-        raise group.error(
-            ValueError(
-                f"{layer} takes integers from 0 to {below - 1}; they came from {values.min()} to {values.max()}. "
-                "Was the text encoded with another vocabulary?"
-            )
+        raise ValueError(
+            f"{layer} takes integers from 0 to {below - 1}; they came from {values.min()} to {values.max()}. "
+            "Was the text encoded with another vocabulary?"
         )
     if group.size > 1:  # replicated: other ids on one rank would give a wrong result, and no error
         digest = zlib.crc32(values.tobytes())
-        group.agree(f"{layer} with integers of shape {values.shape}, checksum {digest:08x}")
+        group.agree(f"{layer} with integers below {below} of shape {values.shape}, checksum {digest:08x}")

@@ -8,6 +8,7 @@ about to do; if the ranks are about to do different things, all of them raise th
 MPI would wait for ever, or return other numbers on each rank.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -18,27 +19,23 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from npnorm.arrays import Array, array_module, describe, dtype_name, from_numpy, to_numpy
-from npnorm.group import part
+from npnorm.group import RankError, part
 
 try:
     from mpi4py import MPI
+    from threadpoolctl import threadpool_limits
 except (ImportError, RuntimeError) as problem:  # a RuntimeError if there is no MPI library to load
     raise ImportError(
-        f"npnorm.mpi needs mpi4py and an MPI library, and could not load them ({problem}). "
-        'Install both: pip install "npnorm[mpi]". On a cluster build mpi4py for the cluster\'s MPI instead.'
+        f"npnorm.mpi needs mpi4py, an MPI library and threadpoolctl, and could not load them ({problem}). "
+        'Install all: pip install "npnorm[mpi]". On a cluster, which has an MPI library: pip install "npnorm[cluster]".'
     ) from problem
 
 WAIT = 0.5
 """Seconds that a failing rank waits for the others to fail, too, before it ends the job."""
 
 THREAD_SETTINGS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-
-
-class RankError(RuntimeError):
-    """An error that every rank raises at the same point, with the same text."""
 
 
 class Ranks:
@@ -145,6 +142,7 @@ class Ranks:
 def _to_host(x: Array) -> np.ndarray:
     """Return `x` as MPI can take it: C order (it would permute a transposed array), at least 32 bits."""
     host = np.ascontiguousarray(to_numpy(x)).reshape(x.shape)  # ascontiguousarray turns () into (1,)
+    host = host.astype(host.dtype.newbyteorder("="), copy=False)
     return host.astype(np.float32) if dtype_name(x) in ("float16", "bfloat16") else host
 
 
@@ -156,9 +154,9 @@ def _from_host(values: np.ndarray, like: Array) -> Array:
 
 def _caller() -> str:
     """Return file and line of the innermost frame outside this package."""
-    frames = reversed(traceback.extract_stack())
-    frame = next(f for f in frames if not f.filename.startswith(os.path.dirname(__file__)))
-    return f"{os.path.basename(frame.filename)}, line {frame.lineno}"
+    package = os.path.dirname(__file__) + os.sep
+    outside = [frame for frame in traceback.extract_stack() if not frame.filename.startswith(package)]
+    return f"{os.path.basename(outside[-1].filename)}, line {outside[-1].lineno}" if outside else "an unknown place"
 
 
 def _disagreement(texts: list[str]) -> str:
@@ -208,18 +206,22 @@ def run(main: Callable[[Ranks], Any]) -> None:
 
 def _blas_threads(world: MPI.Comm) -> int | None:
     """Return the BLAS threads for each rank, None to leave the environment's setting."""
-    if any(name in os.environ for name in THREAD_SETTINGS):
-        return None
-    host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    host = world.Split_type(MPI.COMM_TYPE_SHARED)  # on all ranks, whatever the environment of each
     ranks = host.Get_size()
+    cores = set().union(*host.allgather(_cores()))
     host.Free()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks)
+    return None if any(name in os.environ for name in THREAD_SETTINGS) else max(1, len(cores) // ranks)
+
+
+def _cores() -> set[int]:
+    """Return the cores that this process may use; ranks may be bound to different ones."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _end(failures: MPI.Comm, problem: BaseException) -> None:
     """Say what ended this rank, once for the whole job if every rank failed, and end the job."""
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep this rank from ending the job
+        sys.stdout.flush()
     rank, size = failures.Get_rank(), failures.Get_size()
     code, text = _explain(problem)
     everyone = failures.Ibarrier()

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from npnorm.arrays import Array
 from npnorm.blocks import Chain, PostNorm, PreNorm
 from npnorm.config import Config, layout
-from npnorm.group import SOLO, Group, part
-from npnorm.layer import Layer, Tree, leaves, map_tree
+from npnorm.group import SOLO, Group, everywhere, part
+from npnorm.layer import Layer, Tree, check_module, checksum, leaves, map_tree
 from npnorm.layers import MLP, Attention, Embedding, Linear, Positions, Rotary, SwiGLU
 from npnorm.norms import LayerNorm, RMSNorm
 
@@ -51,8 +51,11 @@ class Transformer:
     """
 
     def __init__(self, config: Config, params: Tree, *, group: Group = SOLO) -> None:
-        group.agree(f"Transformer {config}")
-        _check_params(config, params)
+        with everywhere(group):
+            group.agree(f"Transformer {config}")
+            _check_params(config, params)
+            if group.size > 1:
+                group.agree(f"Transformer of whole arrays with checksum {checksum(params):08x}")
         part(group, config.vocabulary, f"a vocabulary of {config.vocabulary}")
         self.config = config
         self.group = group
@@ -60,7 +63,7 @@ class Transformer:
         parts: dict[str, Layer] = {}
         if config.positions == "learned":
             parts["positions"] = Positions(group.shard(params["positions"]["weight"], None))
-        parts["blocks"] = Chain({i: self._block(block) for i, block in params["blocks"].items()})
+        parts["blocks"] = Chain({str(i): self._block(params["blocks"][str(i)]) for i in range(config.depth)})
         if config.placement == "pre":
             parts["norm"] = self._norm(params["norm"])
         self.stack = Chain(parts)
@@ -91,13 +94,13 @@ class Transformer:
 
     def forward(self, ids: Array) -> tuple[Array, Saved]:
         """Return logits of shape (batch, length, vocabulary of this rank) for ids of shape (batch, length)."""
-        if ids.ndim != 2 or not 0 < ids.shape[1] <= self.config.context:
-            raise self.group.error(
-                ValueError(
+        with everywhere(self.group):
+            check_module("Transformer", ids, self.params)
+            if ids.ndim != 2 or not 0 < ids.shape[1] <= self.config.context:
+                raise ValueError(
                     f"Transformer takes ids of shape (batch, length) with 1 to {self.config.context} positions; "
                     f"{tuple(ids.shape)} came. Use a larger context or a shorter input."
                 )
-            )
         x, embedding = self.embedding.forward(ids)
         x, stack = self.stack.forward(x)
         logits, head = self.head.forward(x)
@@ -105,7 +108,8 @@ class Transformer:
 
     def backward(self, dlogits: Array, saved: Saved) -> tuple[None, Tree]:
         """Return None, since ids have no gradient, and the gradients of this rank's shards."""
-        dx, head = self.head.backward(dlogits, saved.head)
+        with everywhere(self.group):
+            dx, head = self.head.backward(dlogits, saved.head)
         dx = self.group.sum(dx, what="the head's backward")
         dx, stack = self.stack.backward(dx, saved.stack)
         _, embedding = self.embedding.backward(dx, saved.embedding)

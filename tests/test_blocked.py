@@ -227,9 +227,9 @@ def test_float32_can_be_the_working_precision(norm, size, eps):
 @NORMS
 def test_float64_is_not_cut_short(norm):
     x = np.random.default_rng(14).standard_normal((2, 3))
-    with pytest.raises(TypeError, match="would silently cut float64 arrays short"):
+    with pytest.raises(TypeError, match="would cut float64 arrays short"):
         norm(compute="float32").forward(x)
-    with pytest.raises(TypeError, match="would silently cut float64 arrays short"):
+    with pytest.raises(TypeError, match="would cut float64 arrays short"):
         norm(np.ones(3), compute="float32").forward(x.astype("float32"))
 
 

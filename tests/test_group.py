@@ -3,7 +3,7 @@ import types
 import numpy as np
 import pytest
 
-from npnorm.group import SOLO, part
+from npnorm.group import SOLO, everywhere, part
 from tests.check import same_bits
 
 
@@ -48,3 +48,8 @@ def test_a_length_that_the_ranks_do_not_divide_is_refused():
     group = types.SimpleNamespace(rank=1, size=4, error=lambda problem: problem)
     with pytest.raises(ValueError, match=r"4 ranks cannot share 6 heads equally: 6 is not a multiple of 4\. Choose"):
         part(group, 6, "6 heads")
+
+
+def test_everywhere_lets_an_error_through_on_one_rank():
+    with pytest.raises(KeyError, match="a name"), everywhere(SOLO):
+        raise KeyError("a name")

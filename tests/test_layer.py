@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from npnorm.group import SOLO, part
-from npnorm.layer import check_features, check_ids, leaves, map_tree, replicated, shard
+from npnorm.layer import check_features, check_ids, check_names, checksum, leaves, map_tree, shard
 from tests.check import same_bits
 
 
@@ -23,10 +23,6 @@ def test_leaves_come_with_dotted_paths_in_order():
     tree = {"up": {"weight": 1, "bias": 2}, "gelu": {}, "down": {"weight": 3}}
     assert list(leaves(tree)) == [("up.weight", 1), ("up.bias", 2), ("down.weight", 3)]
     assert list(leaves(7)) == [("", 7)]
-
-
-def test_replicated_names_no_axis():
-    assert replicated({"norm": {"weight": np.ones(3)}}) == {"norm": {"weight": None}}
 
 
 def test_shard_takes_this_ranks_part_of_each_array():
@@ -83,3 +79,17 @@ def test_ids_are_compared_over_the_ranks():
         check_ids("Embedding", np.array(ids), 5, group)
     assert said[0] == said[1]
     assert len(set(said)) == 3
+
+
+def test_a_checksum_does_not_depend_on_the_order_of_names():
+    a, b = np.arange(3.0), np.arange(4.0)
+    assert checksum({"x": a, "y": b}) == checksum({"y": b, "x": a})
+    assert checksum({"x": a, "y": b}) != checksum({"x": b, "y": a})
+    assert checksum({"x": a}) != checksum({"x": a + 1e-16 * (a == 0)})
+
+
+def test_missing_and_unknown_names_are_told():
+    axes = {"up": {"weight": 0, "bias": 0}, "down": {"weight": 1}}
+    check_names("Layer", {"down": {"weight": np.ones(2)}, "up": {"weight": np.ones(2)}}, axes)
+    with pytest.raises(ValueError, match=r"missing: \['up.weight'\], unknown: \['up.gain'\]"):
+        check_names("Layer", {"down": {"weight": np.ones(2)}, "up": {"gain": np.ones(2)}}, axes)

@@ -234,3 +234,12 @@ def test_ids_outside_the_vocabulary_are_refused():
     model = Transformer(config, init(config, np.random.default_rng(20)))
     with pytest.raises(ValueError, match="integers from 0 to 11; they came from 0 to 12"):
         model.forward(np.array([[0, 12]]))
+
+
+def test_blocks_run_in_the_order_of_their_numbers():
+    rng = np.random.default_rng(30)
+    config = Config.modern(12, width=8, depth=11, heads=2, hidden=10, context=7)
+    params, ids = draw(config, rng), rng.integers(0, 12, (2, 5))
+    by_name = {name: dict(sorted(tree.items())) for name, tree in sorted(params.items())}
+    assert list(by_name["blocks"])[:3] == ["0", "1", "10"]
+    same_bits(Transformer(config, by_name).forward(ids)[0], Transformer(config, params).forward(ids)[0])

@@ -6,7 +6,7 @@ GELU in its tanh form: Dan Hendrycks and Kevin Gimpel, "Gaussian Error Linear Un
     y  = x (1 + t) / 2
     dx = dy ((1 + t) / 2 + x (1 - t^2) c (1 + 3 a x^2) / 2)
 
-SiLU: Stefan Elfwing, Eiji Uchibe and Kenji Doya, "Sigmoid-Weighted Linear Units", 2017, arXiv:1702.03118, equation 2.
+SiLU: Stefan Elfwing, Eiji Uchibe and Kenji Doya, "Sigmoid-Weighted Linear Units", 2017, arXiv:1702.03118.
 
     s  = 1 / (1 + exp(-x))
     y  = x s

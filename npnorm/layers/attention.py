@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array, array_module, dtype_name, exp, from_numpy, transpose
-from npnorm.group import SOLO, Group, part
-from npnorm.layer import Tree, check_features, shard
-from npnorm.layers.linear import Linear
+from npnorm.group import SOLO, Group, everywhere, part
+from npnorm.layer import Tree, check_features, take_shards
+from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.layers.rope import Rotary
 
 
@@ -77,14 +77,15 @@ class Attention:
         group: Group = SOLO,
     ) -> None:
         kv_heads = kv_heads or heads
+        axes = {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "o_proj": ROW}
+        with everywhere(group):
+            _check_heads(
+                {name: tuple(params[name]["weight"].shape) for name in axes if name in params}, heads, kv_heads
+            )
+            part(group, heads, f"{heads} heads")
+            part(group, kv_heads, f"{kv_heads} heads of keys and values")
+            self.params, self.shards = take_shards("Attention", params, axes, group)
         self.d = params["q_proj"]["weight"].shape[0] // heads
-        _check_heads({name: tuple(params[name]["weight"].shape) for name in params}, heads, kv_heads)
-        part(group, heads, f"{heads} heads")
-        part(group, kv_heads, f"{kv_heads} heads of keys and values")
-        column = {"weight": 0, "bias": 0}
-        axes: Tree = {"q_proj": column, "k_proj": column, "v_proj": column, "o_proj": {"weight": 1, "bias": None}}
-        self.shards = {name: {key: axes[name][key] for key in params[name]} for name in axes}
-        self.params = shard(params, self.shards, group)
         self.q, self.k, self.v = (Linear(**self.params[name]) for name in ("q_proj", "k_proj", "v_proj"))
         self.o = Linear(**self.params["o_proj"], group=group)
         self.kv_heads = kv_heads // group.size
@@ -94,11 +95,10 @@ class Attention:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x: (batch, length, width)."""
-        check_features("Attention", x, self.q.params["weight"].shape[1], self.group)
-        if x.ndim != 3:
-            raise self.group.error(
-                ValueError(f"Attention takes x of shape (batch, length, width); {tuple(x.shape)} came.")
-            )
+        with everywhere(self.group):
+            check_features("Attention", x, self.q.params["weight"].shape[1])
+            if x.ndim != 3:
+                raise ValueError(f"Attention takes x of shape (batch, length, width); {tuple(x.shape)} came.")
         (q, save_q), (k, save_k), (v, save_v) = (layer.forward(x) for layer in (self.q, self.k, self.v))
         q, k, v = self._split(q), self._split(k), self._split(v)
         turns = None

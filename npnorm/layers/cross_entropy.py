@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array, array_module, exp, from_numpy, log
-from npnorm.group import SOLO, Group
+from npnorm.group import SOLO, Group, everywhere
 from npnorm.layer import check_features, check_ids, check_module
 
 
@@ -44,25 +44,25 @@ class CrossEntropy:
     1.3863
     """
 
+    params: dict[str, Array] = {}
+    shards: dict[str, None] = {}
+
     def __init__(self, *, group: Group = SOLO) -> None:
         self.group = group
 
     def forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
         """Return the loss, without axes, for logits of shape (..., vocabulary) and targets of shape (...)."""
-        xp = array_module(logits)
-        held = logits.shape[-1] if logits.ndim else 0
-        check_features("CrossEntropy", logits, held or 1, self.group, name="logits")
-        check_module("CrossEntropy", logits, {"targets": targets})
-        if tuple(targets.shape) != tuple(logits.shape[:-1]):
-            raise self.group.error(
-                ValueError(
-                    f"CrossEntropy: logits {tuple(logits.shape)} need targets of shape {tuple(logits.shape[:-1])}; "
-                    f"{tuple(targets.shape)} came."
+        with everywhere(self.group):
+            xp = array_module(logits)
+            held = logits.shape[-1] if logits.ndim else 0
+            check_features("CrossEntropy", logits, held or 1, name="logits")
+            check_module("CrossEntropy", logits, {"targets": targets})
+            if tuple(targets.shape) != tuple(logits.shape[:-1]) or targets.size == 0:
+                raise ValueError(
+                    f"CrossEntropy: logits {tuple(logits.shape)} need targets of shape {tuple(logits.shape[:-1])}, at "
+                    f"least one; {tuple(targets.shape)} came."
                 )
-            )
-        if targets.size == 0:
-            raise self.group.error(ValueError("CrossEntropy: the mean over no targets does not exist."))
-        check_ids("CrossEntropy", targets, held * self.group.size, self.group)
+            check_ids("CrossEntropy", targets, held * self.group.size, self.group)
         ids = from_numpy(np.arange(held) + self.group.rank * held, targets)
         target = targets[..., None] == ids
         m = self.group.max(xp.max(logits, axis=-1, keepdims=True), what="CrossEntropy")
@@ -78,5 +78,6 @@ class CrossEntropy:
     def backward(self, dloss: Array | float, saved: Saved) -> Array:
         """Return the gradient of the logits, this rank's shard."""
         p, target = saved
+        xp = array_module(p)
         rows = p.size // p.shape[-1]
-        return (p - array_module(p).astype(target, p.dtype)) * (dloss / rows)
+        return xp.astype((p - xp.astype(target, p.dtype)) * (dloss / rows), p.dtype, copy=False)

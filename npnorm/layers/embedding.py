@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, from_numpy
-from npnorm.group import SOLO, Group
+from npnorm.arrays import Array, array_module, describe, from_numpy
+from npnorm.group import SOLO, Group, Solo, everywhere
 from npnorm.layer import check_features, check_ids, check_module
 
 
@@ -44,30 +44,35 @@ class Embedding:
     """
 
     def __init__(self, weight: Array, *, group: Group = SOLO) -> None:
-        array_module(weight)  # raises, if it is not an array
-        if weight.ndim != 2:
-            raise ValueError(f"Embedding: weight must have shape (vocabulary, width); {tuple(weight.shape)} came.")
         self.params = {"weight": weight}
-        self.shards = {"weight": None if group is SOLO else 0}
+        self.shards = {"weight": None if isinstance(group, Solo) else 0}
         self.group = group
+        with everywhere(group):
+            array_module(weight)  # raises, if it is not an array
+            group.agree(f"Embedding with weight {describe(weight)}")
+            if weight.ndim != 2:
+                raise ValueError(f"Embedding: weight must have shape (vocabulary, width); {tuple(weight.shape)} came.")
 
     def forward(self, ids: Array) -> tuple[Array, Saved]:
         """Return x of shape (..., width) for integers of shape (...)."""
         w = self.params["weight"]
         held = w.shape[0]
-        check_module("Embedding", ids, self.params)
-        check_ids("Embedding", ids, held * self.group.size, self.group)
+        with everywhere(self.group):
+            check_module("Embedding", ids, self.params)
+            check_ids("Embedding", ids, held * self.group.size, self.group)
         xp = array_module(ids)
         rows = xp.astype(ids, xp.int64) - self.group.rank * held
         inside = (rows >= 0) & (rows < held)
         found = xp.take(w, xp.reshape(xp.where(inside, rows, xp.zeros_like(rows)), (-1,)), axis=0)
-        x = xp.reshape(found, (*ids.shape, w.shape[1])) * xp.astype(inside, w.dtype)[..., None]
+        found = xp.reshape(found, (*ids.shape, w.shape[1]))
+        x = xp.where(inside[..., None], found, xp.zeros_like(found))
         return self.group.sum(x, what="Embedding"), Saved(rows)
 
     def backward(self, dx: Array, saved: Saved) -> tuple[None, dict[str, Array]]:
         """Return None, since ids have no gradient, and the gradient of the table."""
         w = self.params["weight"]
-        check_features("Embedding.backward", dx, w.shape[1], self.group, name="dx")
+        with everywhere(self.group):
+            check_features("Embedding.backward", dx, w.shape[1], name="dx")
         xp = array_module(dx)
         each_row = from_numpy(np.arange(w.shape[0]), saved.rows)
         onehot = xp.astype(xp.reshape(saved.rows, (-1, 1)) == each_row, dx.dtype)

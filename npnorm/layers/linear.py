@@ -18,9 +18,13 @@ Mohammad Shoeybi et al., "Megatron-LM", 2019, arXiv:1909.08053, section 3.
 
 from typing import NamedTuple
 
-from npnorm.arrays import Array, array_module
-from npnorm.group import SOLO, Group
-from npnorm.layer import check_features, check_module
+from npnorm.arrays import Array, array_module, describe
+from npnorm.group import SOLO, Group, Solo, everywhere
+from npnorm.layer import check_dtype, check_features, check_module
+
+COLUMN: dict[str, int | None] = {"weight": 0, "bias": 0}
+ROW: dict[str, int | None] = {"weight": 1, "bias": None}
+"""The axes along which a column split and a row split are cut from the whole arrays."""
 
 
 class Saved(NamedTuple):
@@ -40,6 +44,11 @@ class Linear:
         The ranks over which the *inputs* are split: weight is then this rank's shard along axis 1, and x a shard.
         Communicated: one sum of y forward; nothing backward.
 
+    Notes
+    -----
+    A Linear cannot know that it is a column split. Its `shards` say None, its dx is partial; the layer that splits it
+    gives the axis, and sums dx.
+
     Examples
     --------
     >>> import numpy as np
@@ -49,26 +58,33 @@ class Linear:
     """
 
     def __init__(self, weight: Array, bias: Array | None = None, *, group: Group = SOLO) -> None:
-        check_module("Linear", weight, {} if bias is None else {"bias": bias})
-        if weight.ndim != 2 or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
-            came = f"weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
-            raise ValueError(f"Linear: weight must have shape (outputs, inputs), bias (outputs,); there came {came}.")
         self.params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        self.shards = {name: 1 if name == "weight" and group is not SOLO else None for name in self.params}
+        self.shards = {name: None if name == "bias" or isinstance(group, Solo) else 1 for name in self.params}
         self.group = group
+        with everywhere(group):
+            check_module("Linear", weight, self.params)
+            came = ", ".join(f"{name} {describe(array)}" for name, array in self.params.items())
+            group.agree(f"Linear with {came}")
+            if weight.ndim != 2 or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
+                raise ValueError(
+                    f"Linear: weight must have shape (outputs, inputs), bias (outputs,); there came {came}."
+                )
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of shape (..., outputs) for x of shape (..., inputs)."""
         w, b = self.params["weight"], self.params.get("bias")
-        check_module("Linear", x, self.params)
-        check_features("Linear", x, w.shape[1], self.group)
+        with everywhere(self.group):
+            check_module("Linear", x, self.params)
+            check_features("Linear", x, w.shape[1])
+            check_dtype("Linear", x, self.params)
         y = self.group.sum(x @ w.T, what="Linear")
         return (y if b is None else y + b), Saved(x)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, and the gradients of weight and bias."""
         w = self.params["weight"]
-        check_features("Linear.backward", dy, w.shape[0], self.group, name="dy")
+        with everywhere(self.group):
+            check_features("Linear.backward", dy, w.shape[0], name="dy")
         xp = array_module(dy)
         rows_dy = xp.reshape(dy, (-1, w.shape[0]))
         rows_x = xp.reshape(saved.x, (-1, w.shape[1]))

@@ -16,10 +16,10 @@ Megatron-LM); the use of the replicated x by every rank costs nothing forward, a
 from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
-from npnorm.group import SOLO, Group
-from npnorm.layer import Tree, check_features, shard
+from npnorm.group import SOLO, Group, everywhere
+from npnorm.layer import Tree, check_features, check_names, take_shards
 from npnorm.layers.activations import GELU, SiLU
-from npnorm.layers.linear import Linear
+from npnorm.layers.linear import COLUMN, ROW, Linear
 
 
 class SavedMLP(NamedTuple):
@@ -42,9 +42,10 @@ class MLP:
     """
 
     def __init__(self, params: Tree, *, group: Group = SOLO) -> None:
-        axes: Tree = {"up_proj": {"weight": 0, "bias": 0}, "down_proj": {"weight": 1, "bias": None}}
-        self.shards = {name: {key: axes[name][key] for key in params[name]} for name in axes}
-        self.params = shard(params, self.shards, group)
+        axes = {"up_proj": COLUMN, "down_proj": ROW}
+        with everywhere(group):
+            check_names("MLP", params, axes)
+            self.params, self.shards = take_shards("MLP", params, axes, group)
         self.up = Linear(**self.params["up_proj"])
         self.gelu = GELU()
         self.down = Linear(**self.params["down_proj"], group=group)
@@ -52,7 +53,8 @@ class MLP:
 
     def forward(self, x: Array) -> tuple[Array, SavedMLP]:
         """Return y of the shape of x: (..., width)."""
-        check_features("MLP", x, self.up.params["weight"].shape[1], self.group)
+        with everywhere(self.group):
+            check_features("MLP", x, self.up.params["weight"].shape[1])
         h, up = self.up.forward(x)
         a, gelu = self.gelu.forward(h)
         y, down = self.down.forward(a)
@@ -89,10 +91,10 @@ class SwiGLU:
     """
 
     def __init__(self, params: Tree, *, group: Group = SOLO) -> None:
-        column = {"weight": 0, "bias": 0}
-        axes: Tree = {"gate_proj": column, "up_proj": column, "down_proj": {"weight": 1, "bias": None}}
-        self.shards = {name: {key: axes[name][key] for key in params[name]} for name in axes}
-        self.params = shard(params, self.shards, group)
+        axes = {"gate_proj": COLUMN, "up_proj": COLUMN, "down_proj": ROW}
+        with everywhere(group):
+            check_names("SwiGLU", params, axes)
+            self.params, self.shards = take_shards("SwiGLU", params, axes, group)
         self.gate = Linear(**self.params["gate_proj"])
         self.up = Linear(**self.params["up_proj"])
         self.silu = SiLU()
@@ -101,7 +103,8 @@ class SwiGLU:
 
     def forward(self, x: Array) -> tuple[Array, SavedSwiGLU]:
         """Return y of the shape of x: (..., width)."""
-        check_features("SwiGLU", x, self.up.params["weight"].shape[1], self.group)
+        with everywhere(self.group):
+            check_features("SwiGLU", x, self.up.params["weight"].shape[1])
         g, gate = self.gate.forward(x)
         s, silu = self.silu.forward(g)
         h, up = self.up.forward(x)

@@ -5,7 +5,7 @@ from numbers import Real
 from typing import Any
 
 from npnorm.arrays import Array, array_module, describe, dtype_name
-from npnorm.group import Group
+from npnorm.group import Group, everywhere
 from npnorm.layer import check_module
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -30,48 +30,49 @@ class Features:
         self.layer = layer
         self.params = params
         self.group = group
-        for array in params.values():
-            array_module(array)  # raises, if it is not an array
-        self.width = next((array.shape[-1] for array in params.values() if array.ndim), None)
-        group.agree(f"{layer} with eps={eps} and " + ", ".join(f"{name} {describe(a)}" for name, a in params.items()))
-        if not (isinstance(eps, Real) and math.isfinite(eps) and eps >= 0):
-            raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")
-        for name, array in params.items():
-            if array.ndim != 1 or array.shape[0] != self.width or not self.width:
-                shapes = ", ".join(f"{n} {tuple(a.shape)}" for n, a in params.items())
+        self.width: int | None = None  # any, without parameters
+        with everywhere(group):
+            for array in params.values():
+                array_module(array)  # raises, if it is not an array
+            group.agree(f"{layer} with eps={eps} and " + ", ".join(f"{n} {describe(a)}" for n, a in params.items()))
+            if not (isinstance(eps, Real) and math.isfinite(eps) and eps >= 0):
+                raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")
+            for name, array in params.items():
+                self._check_dtype(name, array)
+            shapes = {tuple(array.shape) for array in params.values()}
+            if len(shapes) > 1 or any(len(shape) != 1 or shape == (0,) for shape in shapes):
+                came = ", ".join(f"{name} {tuple(array.shape)}" for name, array in params.items())
                 raise ValueError(
-                    f"{layer}: each parameter must have shape (features,), the same for all; there came {shapes}."
+                    f"{layer}: each parameter must have shape (features,), the same for all; there came {came}."
                 )
-            if dtype_name(array) not in FLOATS and dtype_name(array) != "complex128":
-                raise TypeError(f"{layer}: {name} has dtype {dtype_name(array)}. Use one of {', '.join(FLOATS)}.")
+        if shapes:
+            (self.width,) = shapes.pop()
 
     def check(self, **arrays: Array) -> None:
         """Raise one clear error, on every rank of the group, unless the arrays are floats with these features last.
 
         complex128 is let through for the complex step: the formulas are then continued analytically.
         """
-        for name, x in arrays.items():
-            check_module(self.layer, x, self.params)
-            if dtype_name(x) not in FLOATS and dtype_name(x) != "complex128":
-                raise self.group.error(
-                    TypeError(
-                        f"{self.layer} works on {', '.join(FLOATS)}; {name} is {dtype_name(x)}. "
-                        f"Convert it first, for example by {name}.astype(numpy.float32)."
-                    )
-                )
-            if x.ndim == 0 or x.shape[-1] == 0 or (self.width and x.shape[-1] != self.width):
-                held = f"holds {self.width} features" if self.width else "needs at least one feature"
-                last = f"must be {self.width}" if self.width else "must not be empty"
-                raise self.group.error(
-                    ValueError(f"{self.layer} {held}; {name} has shape {tuple(x.shape)}. The last axis {last}.")
-                )
-        shapes = [tuple(x.shape) for x in arrays.values()]
-        if shapes[0] != shapes[-1]:
-            raise self.group.error(
-                ValueError(
+        with everywhere(self.group):
+            for name, x in arrays.items():
+                check_module(self.layer, x, self.params)
+                self._check_dtype(name, x)
+                if x.ndim == 0 or x.shape[-1] == 0 or (self.width and x.shape[-1] != self.width):
+                    held = f"holds {self.width} features" if self.width else "needs at least one feature"
+                    last = f"must be {self.width}" if self.width else "must not be empty"
+                    raise ValueError(f"{self.layer} {held}; {name} has shape {tuple(x.shape)}. The last axis {last}.")
+            shapes = [tuple(x.shape) for x in arrays.values()]
+            if shapes[0] != shapes[-1]:
+                raise ValueError(
                     f"{self.layer}: dy has shape {shapes[0]}, and the x that was saved {shapes[-1]}. "
                     "Hand backward the gradient of the y that came with this saved."
                 )
+
+    def _check_dtype(self, name: str, x: Array) -> None:
+        if dtype_name(x) not in (*FLOATS, "complex128"):
+            raise TypeError(
+                f"{self.layer} works on {', '.join(FLOATS)}; {name} is {dtype_name(x)}. "
+                f"Convert it first, for example by {name}.astype(numpy.float32)."
             )
 
     def mean(self, *arrays: Array) -> Any:

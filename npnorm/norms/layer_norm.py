@@ -28,7 +28,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, sqrt
 from npnorm.blocked import Rows
-from npnorm.group import SOLO, Group
+from npnorm.group import SOLO, Group, Solo
 from npnorm.norms.features import Features, affine, centred
 
 
@@ -80,7 +80,7 @@ class LayerNorm:
         compute: str | None = None,
     ) -> None:
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
-        self.shards = dict.fromkeys(self.params, None if group is SOLO else 0)
+        self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
         self.features = Features("LayerNorm", self.params, eps, group)
         self.rows = Rows(eps, group, compute)
 

@@ -1,7 +1,7 @@
 """Root mean square normalization.
 
 Biao Zhang and Rico Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, arXiv:1910.07467, equation 4; with
-eps inside the root, as in every model since (the paper has none).
+eps inside the root, as in torch and in Llama (the paper has none).
 
 Forward, for each row x of n features, with mean(a) = sum(a) / n:
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from npnorm.arrays import Array, sqrt
 from npnorm.blocked import Rows
-from npnorm.group import SOLO, Group
+from npnorm.group import SOLO, Group, Solo
 from npnorm.norms.features import Features, affine
 
 
@@ -78,7 +78,7 @@ class RMSNorm:
         compute: str | None = None,
     ) -> None:
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
-        self.shards = dict.fromkeys(self.params, None if group is SOLO else 0)
+        self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
         self.features = Features("RMSNorm", self.params, eps, group)
         self.rows = Rows(eps, group, compute)
 

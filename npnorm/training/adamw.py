@@ -7,6 +7,8 @@ step t, with the gradient g of the parameter p:
     v = b2 v + (1 - b2) g^2
     p = p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p)
 
+(the paper multiplies decay by the schedule alone; here, as in torch, by the learning rate).
+
 It works element by element, so that on a group each rank updates what it holds, and nothing is communicated.
 """
 
@@ -24,15 +26,15 @@ class AdamW:
     betas : (float, float)
         b1 and b2: how much of the moments stays at each step.
     eps : float
-    decay : float
-        Weight decay; only for arrays of two axes or more, so not for norms and biases.
+    weight_decay : float
+        Only for arrays of two axes or more, so not for norms and biases.
     """
 
     def __init__(
-        self, params: Tree, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, decay: float = 0.1
+        self, params: Tree, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1
     ) -> None:
         self.params = params
-        self.betas, self.eps, self.decay = betas, eps, decay
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.m = map_tree(lambda p: array_module(p).zeros_like(p), params)
         self.v = map_tree(lambda p: array_module(p).zeros_like(p), params)
         self.t = 0
@@ -48,7 +50,7 @@ class AdamW:
             m += (1 - b1) * g
             v *= b2
             v += (1 - b2) * (g * g)
-            decay = self.decay if p.ndim > 1 else 0.0
+            decay = self.weight_decay if p.ndim > 1 else 0.0
             p *= 1 - lr * decay
             p -= (lr / c1) * m / (sqrt(v / c2) + self.eps)
 

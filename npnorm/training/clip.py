@@ -29,17 +29,17 @@ def global_norm(grads: Tree, shards: Tree, group: Group = SOLO) -> float:
     >>> global_norm({"a": np.array([3.0]), "b": np.array([4.0])}, {"a": None, "b": None})
     5.0
     """
-    replicated = sharded = 0.0
-    for (_, g), (_, axis) in zip(leaves(grads), leaves(shards), strict=True):
+    axes, replicated, sharded = dict(leaves(shards)), 0.0, 0.0
+    for name, g in leaves(grads):
         wide = array_module(g).astype(g, array_module(g).float64)
         square = float(array_module(g).sum(wide * wide))
-        if axis is None:
+        if axes[name] is None:
             replicated += square
         else:
             sharded += square
     return math.sqrt(replicated + float(group.sum(np.asarray(sharded), what="global_norm")))
 
 
-def clip(grads: Tree, norm: float, limit: float) -> Tree:
-    """Return the gradients, scaled so that their norm, which is `norm`, is at most `limit`."""
-    return grads if norm <= limit else map_tree(lambda g: g * (limit / norm), grads)
+def clip(grads: Tree, norm: float, max_norm: float) -> Tree:
+    """Return the gradients, scaled so that their norm, which is `norm`, is at most `max_norm`."""
+    return grads if norm <= max_norm else map_tree(lambda g: g * (max_norm / norm), grads)

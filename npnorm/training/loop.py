@@ -26,8 +26,8 @@ class Recipe:
     length: int = 128
     lr: float = 2e-3
     warmup: int = 50
-    decay: float = 0.1
-    limit: float = 1.0
+    weight_decay: float = 0.1
+    max_norm: float = 1.0
 
 
 class Step(NamedTuple):
@@ -49,9 +49,9 @@ def train(model: Transformer, ids: np.ndarray, recipe: Recipe, rng: np.random.Ge
         If the loss or the gradient is not finite; the parameters are then as they were before the step.
     """
     loss_layer = CrossEntropy(group=model.group)
-    optimizer = AdamW(model.params, decay=recipe.decay)
+    optimizer = AdamW(model.params, weight_decay=recipe.weight_decay)
     for step in range(recipe.steps):
-        lr = warmup_cosine(step, recipe.steps, min(recipe.warmup, recipe.steps // 10 + 1), recipe.lr)
+        lr = warmup_cosine(step, recipe.steps, recipe.warmup, recipe.lr)
         inputs, targets = (_to_device(a, model) for a in batch(ids, recipe.rows, recipe.length, rng))
         logits, saved = model.forward(inputs)
         loss, saved_loss = loss_layer.forward(logits, targets)
@@ -62,13 +62,15 @@ def train(model: Transformer, ids: np.ndarray, recipe: Recipe, rng: np.random.Ge
                 f"step {step}: the loss is {float(loss)}, the norm of the gradient {norm}. "
                 "Take a lower learning rate or a longer warm-up."
             )
-        optimizer.step(clip(grads, norm, recipe.limit), lr)
+        optimizer.step(clip(grads, norm, recipe.max_norm), lr)
         yield Step(float(loss), norm, lr)
 
 
 def evaluate(model: Transformer, ids: np.ndarray, rows: int, length: int) -> float:
     """Return the mean loss over all windows of `length` that follow each other in `ids`, in nats for each character."""
     count = (len(ids) - 1) // length
+    if count < 1:
+        raise ValueError(f"evaluate: {len(ids)} ids hold no window of {length} and its next id.")
     inputs, targets = (ids[shift : shift + count * length].reshape(count, length) for shift in (0, 1))
     loss_layer, total = CrossEntropy(group=model.group), 0.0
     for start in range(0, count, rows):

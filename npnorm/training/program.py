@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from npnorm.arrays import to_numpy
+from npnorm.arrays import Array
 from npnorm.config import Config, init
 from npnorm.group import Group
-from npnorm.layer import leaves
+from npnorm.layer import checksum, leaves
 from npnorm.training.loop import Recipe, evaluate, generate, train
 from npnorm.training.text import Characters, language_reference, read, split, unigram_entropy
 from npnorm.transformer import Transformer
@@ -79,7 +79,8 @@ def train_on_text(group: Group, make_config: Callable[..., Config], settings: ar
     speak(f"ranks   {group.size}; this one holds {mine:,} parameters")
     speak(f"losses  in nats for each character; unigram entropy of the text {entropy:.3f}", flush=True)
 
-    recipe = Recipe(steps=settings.steps, rows=settings.rows, length=settings.context, lr=settings.lr)
+    warmup = min(Recipe.warmup, settings.steps // 10 + 1)
+    recipe = Recipe(settings.steps, settings.rows, settings.context, settings.lr, warmup)
     rng = np.random.default_rng([settings.seed, 1])
     each = recipe.rows * recipe.length
     bar = tqdm(total=recipe.steps * each, unit=" tokens", unit_scale=True, disable=group.rank > 0, dynamic_ncols=True)
@@ -87,7 +88,7 @@ def train_on_text(group: Group, make_config: Callable[..., Config], settings: ar
         for step in train(model, learn, recipe, rng):
             bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
             bar.update(each)
-    group.agree(f"the replicated parameters after training, checksum {_replicated_checksum(model):08x}")
+    group.agree(f"the replicated parameters after training, checksum {checksum(_replicated(model)):08x}")
 
     loss = evaluate(model, held_out, recipe.rows, recipe.length)
     speak(f"held-out loss {loss:.3f} (unigram entropy {entropy:.3f}; the last tenth of the text)")
@@ -98,13 +99,10 @@ def train_on_text(group: Group, make_config: Callable[..., Config], settings: ar
     return loss
 
 
-def _replicated_checksum(model: Transformer) -> int:
-    """Return a checksum of the bits that must be the same on every rank."""
-    axes, checksum = dict(leaves(model.shards)), 0
-    for name, array in leaves(model.params):
-        if axes[name] is None:
-            checksum = zlib.crc32(to_numpy(array).tobytes(), checksum)
-    return checksum
+def _replicated(model: Transformer) -> dict[str, Array]:
+    """Return the arrays that must have the same bits on every rank."""
+    axes = dict(leaves(model.shards))
+    return {name: array for name, array in leaves(model.params) if axes[name] is None}
 
 
 def _positive(text: str) -> int:

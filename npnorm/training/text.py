@@ -4,6 +4,7 @@ The default text needs no download: the topics of `help()`, which are parts of t
 with every Python (`pydoc_data.topics`; Python Software Foundation License). It differs a little between versions.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ class Characters:
 
 
 def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 def unigram_entropy(ids: np.ndarray) -> float:
@@ -84,7 +85,7 @@ def split(ids: np.ndarray, length: int, held_out: float = 0.1) -> tuple[np.ndarr
     """Return the first part, to train on, and the last, to judge by; each holds at least one window of `length`."""
     cut = len(ids) - int(len(ids) * held_out)
     if len(ids) - cut <= length:
-        need = int((length + 1) / held_out) + 1
+        need = math.ceil((length + 1) / held_out)
         raise ValueError(
             f"The text has {len(ids)} characters; windows of {length} need at least {need}. "
             "Take a longer text or a smaller context."
@@ -94,6 +95,8 @@ def split(ids: np.ndarray, length: int, held_out: float = 0.1) -> tuple[np.ndarr
 
 def batch(ids: np.ndarray, rows: int, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return `rows` random windows and, as targets, the same windows one character later: (rows, length) each."""
+    if len(ids) <= length:
+        raise ValueError(f"batch: {len(ids)} ids hold no window of {length} and its next id.")
     starts = rng.integers(0, len(ids) - length, rows)
     windows = ids[starts[:, None] + np.arange(length + 1)]
     return windows[:, :-1], windows[:, 1:]

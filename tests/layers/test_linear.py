@@ -92,10 +92,10 @@ def test_parameters_are_held_as_they_came():
 @pytest.mark.parametrize(
     ("weight", "bias", "came"),
     [
-        (np.ones(3), None, "weight (3,)"),
-        (np.ones((2, 3, 4)), None, "weight (2, 3, 4)"),
-        (np.ones((2, 3)), np.ones(3), "weight (2, 3), bias (3,)"),
-        (np.ones((2, 3)), np.ones((1, 2)), "weight (2, 3), bias (1, 2)"),
+        (np.ones(3), None, "weight (3,) float64"),
+        (np.ones((2, 3, 4)), None, "weight (2, 3, 4) float64"),
+        (np.ones((2, 3)), np.ones(3), "weight (2, 3) float64, bias (3,) float64"),
+        (np.ones((2, 3)), np.ones((1, 2)), "weight (2, 3) float64, bias (1, 2) float64"),
     ],
 )
 def test_parameters_of_a_wrong_shape_are_refused(weight, bias, came):
@@ -128,3 +128,9 @@ def test_lists_are_refused():
         Linear([[1.0, 2.0]])
     with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
         Linear(np.ones((1, 2))).forward([1.0, 2.0])
+
+
+@pytest.mark.parametrize(("of_x", "of_weight"), [("float32", "float64"), ("float64", "float32"), ("float32", "int64")])
+def test_another_dtype_than_that_of_the_parameters_is_refused(of_x, of_weight):
+    with pytest.raises(TypeError, match=f"Linear: weight is {of_weight}, x is {of_x}. Convert one of them"):
+        Linear(np.ones((2, 3), of_weight)).forward(np.ones((4, 3), of_x))

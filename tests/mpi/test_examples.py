@@ -72,6 +72,34 @@ run(__import__("{name.removesuffix(".py")}").main)
     assert "[all 2 ranks] differs from serial by more than 1e-12: y by" in complaints
 
 
+@pytest.mark.parametrize(
+    ("layer", "part"),
+    [("layers.mlp.SwiGLU", "gate_proj"), ("layers.embedding.Embedding", None)],
+    ids=["SwiGLU", "Embedding"],
+)
+def test_a_wrong_gradient_of_any_array_is_an_error(layer, part):
+    module, _, name = layer.rpartition(".")
+    code = f"""
+import sys
+from npnorm.{module} import {name} as Layer
+backward = Layer.backward
+def faulty(self, dy, saved):
+    dx, grads = backward(self, dy, saved)
+    wrong = grads[{part!r}] if {part!r} else grads
+    if self.group.size > 1:
+        wrong["weight"] = wrong["weight"] * (1 + 1e-9)
+    return dx, grads
+Layer.backward = faulty
+from npnorm.mpi import run
+from npnorm.config import Config
+from transformer_check import check_transformer
+run(lambda group: check_transformer(group, Config.modern))
+"""
+    status, _, complaints = start("", ranks=2, code=code)
+    assert status != 0
+    assert "[all 2 ranks] differs from serial by more than 1e-12: gradients by" in complaints
+
+
 def test_help_is_printed_once():
     status, printed, complaints = start(TRANSFORMERS[0], "--help", ranks=4)
     assert (status, complaints) == (0, "")

@@ -137,3 +137,32 @@ def test_a_bad_shape_on_all_ranks_is_the_plain_error(comm, kind):
     norm = kind(np.ones(8), group=Ranks(comm))
     with pytest.raises(ValueError, match=rf"{kind.__name__} holds 8 features; x has shape \(2, 7\)"):
         norm.forward(np.ones((2, 7)))
+
+
+X = np.ones((2, 8))
+PROBLEMS = {  # on the rank for which `bad` is true
+    "a list for the weight": lambda kind, group, bad: kind([1.0] * 8 if bad else X[0], group=group),
+    "a precision": lambda kind, group, bad: kind(X[0], compute="half" if bad else None, group=group).forward(X),
+    "a list for x": lambda kind, group, bad: kind(X[0], group=group).forward([[1.0]] if bad else X),
+    "integers": lambda kind, group, bad: kind(X[0], group=group).forward(X.astype(int) if bad else X),
+}
+
+
+@pytest.mark.mpi(ranks=2)
+@NORMS
+@pytest.mark.parametrize("problem", list(PROBLEMS))
+def test_a_problem_of_one_rank_is_one_error_on_both(comm, kind, problem):
+    with pytest.raises(RankError, match=r"rank 1: (TypeError|ValueError)"):
+        PROBLEMS[problem](kind, Ranks(comm), comm.rank == 1)
+    comm.Barrier()
+
+
+@pytest.mark.mpi(ranks=2)
+@NORMS
+def test_a_dy_of_another_shape_on_one_rank_is_one_error_on_both(comm, kind):
+    norm = kind(np.ones(8), group=Ranks(comm))
+    x = np.random.default_rng(0).normal(size=(3, 8))
+    _, saved = norm.forward(x)
+    with pytest.raises(RankError, match=r"rank 1: ValueError: .*: dy has shape \(2, 8\)"):
+        norm.backward(x[: 2 if comm.rank == 1 else 3], saved)
+    comm.Barrier()

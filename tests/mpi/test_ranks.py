@@ -162,3 +162,8 @@ def test_a_check_is_one_message_of_16_bytes(comm):
     assert calls == {"Allreduce": (2, 16 + 24)}
     assert dict(group.calls) == {"check": 1, "sum": 1}
     assert dict(group.bytes) == {"check": 16, "sum": 24}
+
+
+@pytest.mark.mpi(ranks=2)
+def test_big_endian_arrays_are_summed(comm):
+    np.testing.assert_array_equal(Ranks(comm).sum(np.array([1.0, 2.0], ">f8")), [2.0, 4.0])

@@ -5,7 +5,7 @@ import pytest
 from npnorm.arrays import to_numpy
 from npnorm.config import Config, init
 from npnorm.layer import leaves, map_tree, shard
-from npnorm.layers import CrossEntropy
+from npnorm.layers import MLP, CrossEntropy, Embedding, Linear
 from npnorm.mpi import RankError, Ranks
 from npnorm.training import AdamW, Recipe, clip, evaluate, generate, global_norm, train
 from npnorm.transformer import Transformer
@@ -18,6 +18,7 @@ CONFIGS = {
     "pre-layer norm, biases": Config.original(24, placement="pre", tied=False, **SIZES),
     "post-rms norm, gated": Config.modern(24, placement="post", tied=True, bias=True, **SIZES),
 }
+MLP_PARAMS = {"up_proj": {"weight": np.ones((4, 2))}, "down_proj": {"weight": np.ones((2, 4))}}
 EVERY_CONFIG = pytest.mark.parametrize("name", list(CONFIGS))
 
 
@@ -164,7 +165,7 @@ def test_other_ids_on_one_rank_are_an_error_on_both(comm):
     params, ids, _ = problem(config)
     model = Transformer(config, params, group=Ranks(comm))
     ids[0, 0] = comm.rank
-    with pytest.raises(RankError, match="Embedding with integers of shape"):
+    with pytest.raises(RankError, match="Embedding with integers below 24 of shape"):
         model.forward(ids)
     comm.Barrier()
 
@@ -176,3 +177,61 @@ def test_ids_that_are_too_long_on_one_rank_are_an_error_on_both(comm):
     with pytest.raises(RankError, match=r"rank 1: ValueError: Transformer takes ids"):
         model.forward(np.zeros((1, 11 if comm.rank == 1 else 10), int))
     comm.Barrier()
+
+
+@pytest.mark.mpi(ranks=2)
+@pytest.mark.parametrize("last", [False, True])
+def test_an_id_that_differs_anywhere_is_an_error_on_both(comm, last):
+    params, ids, targets = problem(CONFIGS["modern"])
+    group = Ranks(comm)
+    model = Transformer(CONFIGS["modern"], params, group=group)
+    logits, _ = model.forward(ids)
+    targets[(-1, -1) if last else (0, 0)] = comm.rank
+    with pytest.raises(RankError, match="CrossEntropy with integers below 24"):
+        CrossEntropy(group=group).forward(logits, targets)
+    comm.Barrier()
+
+
+MISFITS = {
+    "logits": lambda group, rank: CrossEntropy(group=group).forward(np.ones((2, 3 + rank)), np.zeros(2, int)),
+    "table": lambda group, rank: Embedding(np.ones((3 + rank, 2)), group=group),
+    "bias": lambda group, rank: Linear(np.ones((2, 3)), None if rank else np.ones(2), group=group),
+    "weights": lambda group, rank: MLP(MLP_PARAMS | {"up_proj": {"weight": np.ones((4, 2)) + rank}}, group=group),
+    "names": lambda group, rank: MLP({"up_proj": MLP_PARAMS["up_proj"]} if rank else MLP_PARAMS, group=group),
+}
+
+
+@pytest.mark.mpi(ranks=2)
+@pytest.mark.parametrize("misfit", list(MISFITS))
+def test_parts_that_do_not_fit_together_are_one_error_on_both(comm, misfit):
+    with pytest.raises(RankError):
+        MISFITS[misfit](Ranks(comm), comm.rank)
+    comm.Barrier()
+
+
+@pytest.mark.mpi(ranks=2)
+def test_parameters_of_another_seed_on_one_rank_are_an_error_on_both(comm):
+    config = CONFIGS["original"]
+    with pytest.raises(RankError, match="Transformer of whole arrays with checksum"):
+        Transformer(config, init(config, np.random.default_rng(comm.rank)), group=Ranks(comm))
+    comm.Barrier()
+
+
+@pytest.mark.mpi(ranks=2)
+def test_wrong_gradients_of_the_logits_on_one_rank_are_an_error_on_both(comm):
+    config, group = CONFIGS["original"], Ranks(comm)
+    params, ids, _ = problem(config)
+    model = Transformer(config, params, group=group)
+    logits, saved = model.forward(ids)
+    with pytest.raises(RankError, match=r"rank 1: ValueError: Linear\.backward"):
+        model.backward(logits[..., :-1] if comm.rank == 1 else logits, saved)
+    comm.Barrier()
+
+
+@pytest.mark.mpi(ranks=2)
+def test_a_nan_in_a_row_of_the_table_stays_in_its_row(comm):
+    table = np.ones((4, 1))
+    table[2] = np.nan
+    group = Ranks(comm)
+    x, _ = Embedding(group.shard(table, 0), group=group).forward(np.arange(4))
+    np.testing.assert_array_equal(x, table)

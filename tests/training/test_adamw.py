@@ -8,7 +8,7 @@ def test_ten_steps_equal_torch():
     rng = np.random.default_rng(0)
     matrix, vector = rng.normal(size=(3, 5)), rng.normal(size=4)
     params = {"a": {"matrix": matrix.copy()}, "vector": vector.copy()}
-    ours = AdamW(params, betas=(0.8, 0.95), eps=1e-6, decay=0.1)
+    ours = AdamW(params, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     theirs = [torch.tensor(matrix, requires_grad=True), torch.tensor(vector, requires_grad=True)]
     groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-6)
@@ -27,7 +27,7 @@ def test_ten_steps_equal_torch():
 def test_the_first_step_by_hand():
     # g = 2: m / c1 = 2, v / c2 = 4, so that the step is lr 2 / (2 + 0) = lr; no decay for a vector.
     params = {"p": np.array([1.0])}
-    AdamW(params, eps=0.0, decay=0.5).step({"p": np.array([2.0])}, lr=0.25)
+    AdamW(params, eps=0.0, weight_decay=0.5).step({"p": np.array([2.0])}, lr=0.25)
     np.testing.assert_allclose(params["p"], [0.75], rtol=1e-15)
 
 

@@ -40,3 +40,10 @@ def test_gradients_below_the_limit_are_left_alone():
 
 def test_squares_of_float32_do_not_overflow():
     assert global_norm({"p": np.array([3e30, 4e30], np.float32)}, {"p": None}) == pytest.approx(5e30, rel=1e-6)
+
+
+def test_leaves_meet_by_name_whatever_their_order():
+    grads = {"bias": np.array([3.0]), "weight": np.array([4.0])}
+    assert global_norm(grads, {"weight": 0, "bias": None}) == 5.0
+    with pytest.raises(KeyError):
+        global_norm(grads, {"weight": 0})

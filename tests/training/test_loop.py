@@ -4,7 +4,7 @@ import pytest
 
 from npnorm.config import Config, init
 from npnorm.layer import leaves, map_tree
-from npnorm.training import Characters, Recipe, evaluate, generate, train, unigram_entropy
+from npnorm.training import AdamW, Characters, Recipe, evaluate, generate, global_norm, train, unigram_entropy
 from npnorm.transformer import Transformer
 
 TEXT = "the mean of the squares is not the square of the mean; " * 40
@@ -74,3 +74,42 @@ def test_training_and_sample_on_another_device_are_the_same():
         losses = [step.loss for step in train(each, ids, Recipe(steps=4, rows=3, length=12), np.random.default_rng(1))]
         results.append((losses, list(generate(each, ids[:4], 10, 15, np.random.default_rng(2)))))
     assert results[0] == results[1]
+
+
+def one_step(**recipe):
+    model, ids = model_and_ids(Config.modern)
+    settings = Recipe(steps=1, rows=2, length=12, warmup=1, lr=0.01, **recipe)
+    return next(train(model, ids, settings, np.random.default_rng(1)))
+
+
+def test_a_step_is_clipped_and_decayed_as_the_recipe_says(monkeypatch):
+    seen = {}
+
+    class Watched(AdamW):
+        def __init__(self, params, **settings):
+            seen.update(settings)
+            super().__init__(params, **settings)
+
+        def step(self, grads, lr):
+            seen.update(norm=global_norm(grads, map_tree(lambda _: None, grads)), lr=lr)
+
+    monkeypatch.setattr("npnorm.training.loop.AdamW", Watched)
+    step = one_step(max_norm=0.01, weight_decay=0.3)
+    assert step.norm > 0.01
+    assert seen["norm"] == pytest.approx(0.01, rel=1e-6)
+    assert (seen["weight_decay"], seen["lr"], step.lr) == (0.3, 0.01, 0.01)
+
+
+def test_a_low_temperature_draws_the_most_likely():
+    model, ids = model_and_ids(Config.modern)
+    cold = [generate(model, ids[:6], 1, 15, np.random.default_rng(seed), temperature=1e-6)[-1] for seed in range(5)]
+    logits, _ = model.forward(ids[None, :6])
+    assert cold == [np.argmax(logits[0, -1, :15])] * 5
+    hot = {int(generate(model, ids[:6], 1, 15, np.random.default_rng(seed), temperature=1e3)[-1]) for seed in range(20)}
+    assert len(hot) > 5
+
+
+def test_an_evaluation_without_a_window_is_an_error():
+    model, ids = model_and_ids(Config.modern)
+    with pytest.raises(ValueError, match="12 ids hold no window of 12 and its next id"):
+        evaluate(model, ids[:12], 1, 12)
