@@ -13,6 +13,11 @@ TOLERANCE = 1e-12
 """The largest difference from the serial result, relative to its largest element, in float64."""
 
 
+def count(ranks: int) -> str:
+    """Return the number of ranks in words."""
+    return f"{ranks} rank" if ranks == 1 else f"{ranks} ranks"
+
+
 class Table:
     """Rows of: pass, its messages, the bytes that each rank sent for them, the largest differences.
 

@@ -8,7 +8,7 @@ share one message. Compare rms_norm_tensor_parallel.py, which has no mean to wai
 """
 
 import numpy as np
-from against_serial import Table
+from against_serial import Table, count
 
 from npnorm import LayerNorm
 from npnorm.mpi import Ranks, run
@@ -29,7 +29,7 @@ def main(group: Ranks) -> None:
     def shard(whole: np.ndarray) -> np.ndarray:
         return group.shard(whole, axis=-1)
 
-    table = Table(group, f"LayerNorm of {FEATURES} features on {group.size} ranks; {ROWS} rows, {x.dtype}")
+    table = Table(group, f"LayerNorm of {FEATURES} features on {count(group.size)}; {ROWS} rows, {x.dtype}")
     norm = LayerNorm(shard(weight), shard(bias), group=group)
     with table.step("forward"):
         my_y, saved = norm.forward(shard(x))

@@ -7,7 +7,7 @@ whole row. Backward needs one mean more, and so one sum. Compare layer_norm_tens
 """
 
 import numpy as np
-from against_serial import Table
+from against_serial import Table, count
 
 from npnorm import RMSNorm
 from npnorm.mpi import Ranks, run
@@ -28,7 +28,7 @@ def main(group: Ranks) -> None:
     def shard(whole: np.ndarray) -> np.ndarray:
         return group.shard(whole, axis=-1)
 
-    table = Table(group, f"RMSNorm of {FEATURES} features on {group.size} ranks; {ROWS} rows, {x.dtype}")
+    table = Table(group, f"RMSNorm of {FEATURES} features on {count(group.size)}; {ROWS} rows, {x.dtype}")
     norm = RMSNorm(shard(weight), group=group)
     with table.step("forward"):
         my_y, saved = norm.forward(shard(x))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from against_serial import Table
+from against_serial import Table, count
 
 from npnorm.config import Config, init
 from npnorm.layer import Tree, leaves, shard
@@ -27,7 +27,7 @@ def check_transformer(group: Ranks, make_config: Callable[..., Config]) -> None:
     loss, saved_loss = serial_loss.forward(logits, targets)
     _, grads = serial.backward(serial_loss.backward(1.0, saved_loss), saved)
 
-    title = f"{config.placement}-{config.norm} transformer, {config.depth} blocks, on {group.size} ranks; float64"
+    title = f"{config.placement}-{config.norm} transformer, {config.depth} blocks, on {count(group.size)}; float64"
     table = Table(group, title)
     model, model_loss = Transformer(config, params, group=group), CrossEntropy(group=group)
     with table.step("forward"):

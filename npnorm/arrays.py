@@ -80,6 +80,7 @@ def describe(x: Array) -> str:
     >>> describe(np.ones((2, 3)))
     '(2, 3) float64'
     """
+    array_module(x)  # raises, if x is not an array
     return f"{tuple(x.shape)} {dtype_name(x)}"
 
 

@@ -86,6 +86,8 @@ def everywhere(group: Group) -> Iterator[None]:
     Traceback (most recent call last):
     ValueError: on all
     """
+    if not hasattr(group, "agree"):
+        raise TypeError(f"group is a {type(group).__name__}. Wrap a communicator first: npnorm.mpi.Ranks(comm).")
     try:
         yield
     except RankError:

@@ -105,6 +105,13 @@ def check_module(layer: str, x: Array, params: Tree) -> None:
             )
 
 
+def check_saved(layer: str, saved: Any, kind: type) -> None:
+    """Raise one clear error unless `saved` is what this kind of layer saves."""
+    if not isinstance(saved, kind):
+        came = f"{type(saved).__module__}.{type(saved).__qualname__}"
+        raise TypeError(f"{layer}.backward takes what {layer}.forward saved; a {came} came.")
+
+
 def check_dtype(layer: str, x: Array, params: Tree) -> None:
     """Raise one clear error unless `x` and the parameters have one dtype; complex128 goes with any."""
     for name, param in leaves(params):

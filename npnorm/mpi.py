@@ -29,7 +29,7 @@ try:
 except (ImportError, RuntimeError) as problem:  # a RuntimeError if there is no MPI library to load
     raise ImportError(
         f"npnorm.mpi needs mpi4py, an MPI library and threadpoolctl, and could not load them ({problem}). "
-        'Install all: pip install "npnorm[mpi]". On a cluster, which has an MPI library: pip install "npnorm[cluster]".'
+        'Install all: pip install -e ".[mpi]". On a cluster, which has an MPI library: pip install -e ".[cluster]".'
     ) from problem
 
 WAIT = 0.5
@@ -56,6 +56,8 @@ class Ranks:
 
     Notes
     -----
+    Only `run` ends the other ranks when this one fails; without it they would wait for ever at their next message.
+
     Arrays of 16 bits travel as float32: MPI would add them in 16 bits. Arrays on a device travel through the host.
     """
 
@@ -99,12 +101,12 @@ class Ranks:
 
     def shard(self, x: Array, axis: int | None) -> Array:
         """Return a copy of this rank's part of the replicated `x` along `axis` (None: of all of it)."""
+        xp = array_module(x)
         if axis is None:
-            return array_module(x).astype(x, x.dtype)
+            return xp.astype(x, x.dtype)
         index = [slice(None)] * x.ndim
         index[axis] = part(self, x.shape[axis], f"an array of shape {tuple(x.shape)} along axis {axis}")
-        mine = x[tuple(index)]
-        return array_module(x).astype(mine, x.dtype)
+        return xp.astype(x[tuple(index)], x.dtype)
 
     def agree(self, what: str) -> None:
         """Raise the same `RankError` on every rank unless all ranks came here with the same text."""
@@ -114,7 +116,7 @@ class Ranks:
         self._count("check", mine)
         self.comm.Allreduce(mine, largest, op=MPI.MAX)
         if largest[0] != -largest[1]:  # the largest is not the smallest
-            raise RankError(_disagreement(self.comm.allgather(f"{what}, at {_caller()}")))
+            raise RankError(_disagreement(self.comm.allgather(what), self.comm.allgather(_caller())))
 
     def error(self, problem: Exception) -> Exception:
         """Return `problem`, to be raised, once every rank has it; raise a `RankError` on all if only some have it.
@@ -159,9 +161,11 @@ def _caller() -> str:
     return f"{os.path.basename(outside[-1].filename)}, line {outside[-1].lineno}" if outside else "an unknown place"
 
 
-def _disagreement(texts: list[str]) -> str:
-    usual = Counter(texts).most_common(1)[0][0]
-    lines = [f"  rank {rank}: {text}{'' if text == usual else '   <-- differs'}" for rank, text in enumerate(texts)]
+def _disagreement(without_place: list[str], places: list[str]) -> str:
+    texts = [f"{text}, at {place}" for text, place in zip(without_place, places, strict=True)]
+    usual, times = Counter(without_place).most_common(1)[0]
+    odd = [times > len(texts) / 2 and text != usual for text in without_place]  # without a majority nobody is odd
+    lines = [f"  rank {rank}: {text}{'   <-- differs' * odd[rank]}" for rank, text in enumerate(texts)]
     return "\n".join(["the ranks disagree about what comes next; nothing was sent.", *lines])
 
 

@@ -1,8 +1,8 @@
 """The autograd-free transformer: embedding, blocks, final norm, head.
 
 One text, many settings. `Config.original` is the transformer with layer normalization after each residual connection,
-GELU and learned positions; `Config.modern` has root mean square normalization before each sub-layer, a gated MLP,
-rotary positions, and queries that share keys and values.
+GELU and learned positions; `Config.modern` has root mean square normalization before each sub-layer, a gated MLP and
+rotary positions. With either, `kv_heads=` lets queries share keys and values.
 
     x      = embedding(ids)  (+ positions)
     x      = block(x)             for each block: attention, then MLP, each within PostNorm or PreNorm
@@ -40,7 +40,7 @@ class Transformer:
     ----------
     config : Config
     params : tree of arrays
-        Whole arrays, in the shape that `init` returns. A rank keeps copies of its shards.
+        Whole arrays, as `npnorm.config.init` returns them. A rank keeps copies of its shards.
     group : Group
         The ranks over which heads, hidden features and vocabulary are split equally.
 

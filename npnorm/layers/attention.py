@@ -16,11 +16,14 @@ Backward, given dy:
     dv = p^T do
     dp = do v^T
     ds = p (dp - sum over keys of dp p)        softmax
-    dq = ds k / sqrt(d)
+    dq = ds k / sqrt(d)                        turned back, if they were turned
     dk = ds^T q / sqrt(d)
+    dx = dq Wq + dk Wk + dv Wv
 
-In the code the queries of the heads that share a key stand below each other in one matrix: the products over a group
-of heads, and the sums over it in dk and dv, are then ordinary matrix products.
+and dW of each matrix is the sum over positions of the gradient of its output times its input (see `Linear`).
+
+In the code the queries of the heads that share a key stand below each other in one matrix: the products over the
+heads of a key, and the sums over them in dk and dv, are then ordinary matrix products.
 
 On a group the heads are split: q, k and v are column splits, o is the row split that sums. Communicated: one sum
 forward, of y, and one backward, of dx.
@@ -33,7 +36,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, dtype_name, exp, from_numpy, transpose
 from npnorm.group import SOLO, Group, everywhere, part
-from npnorm.layer import Tree, check_features, take_shards
+from npnorm.layer import Tree, check_features, check_names, take_shards
 from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.layers.rope import Rotary
 
@@ -79,9 +82,9 @@ class Attention:
         kv_heads = kv_heads or heads
         axes = {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "o_proj": ROW}
         with everywhere(group):
-            _check_heads(
-                {name: tuple(params[name]["weight"].shape) for name in axes if name in params}, heads, kv_heads
-            )
+            group.agree(f"Attention with {heads} heads, {kv_heads} of keys and values")
+            check_names("Attention", params, axes)
+            _check_heads({name: tuple(params[name]["weight"].shape) for name in axes}, heads, kv_heads)
             part(group, heads, f"{heads} heads")
             part(group, kv_heads, f"{kv_heads} heads of keys and values")
             self.params, self.shards = take_shards("Attention", params, axes, group)
@@ -170,6 +173,8 @@ class Attention:
 
 
 def _check_heads(shapes: dict[str, tuple[int, ...]], heads: int, kv_heads: int) -> None:
+    if heads < 1 or kv_heads < 1:
+        raise ValueError(f"Attention: heads is {heads}, kv_heads {kv_heads}. Both must be at least 1.")
     d, width = shapes["q_proj"][0] // heads, shapes["q_proj"][-1]
     expected = {
         "q_proj": (heads * d, width),

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from npnorm.arrays import Array, array_module, describe
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_dtype, check_features, check_module
+from npnorm.layer import check_dtype, check_features, check_module, check_saved
 
 COLUMN: dict[str, int | None] = {"weight": 0, "bias": 0}
 ROW: dict[str, int | None] = {"weight": 1, "bias": None}
@@ -84,6 +84,7 @@ class Linear:
         """Return dx, and the gradients of weight and bias."""
         w = self.params["weight"]
         with everywhere(self.group):
+            check_saved("Linear", saved, Saved)
             check_features("Linear.backward", dy, w.shape[0], name="dy")
         xp = array_module(dy)
         rows_dy = xp.reshape(dy, (-1, w.shape[0]))

@@ -16,7 +16,7 @@ Megatron-LM); the use of the replicated x by every rank costs nothing forward, a
 from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
-from npnorm.group import SOLO, Group, everywhere
+from npnorm.group import SOLO, Group, everywhere, part
 from npnorm.layer import Tree, check_features, check_names, take_shards
 from npnorm.layers.activations import GELU, SiLU
 from npnorm.layers.linear import COLUMN, ROW, Linear
@@ -45,6 +45,8 @@ class MLP:
         axes = {"up_proj": COLUMN, "down_proj": ROW}
         with everywhere(group):
             check_names("MLP", params, axes)
+            hidden = params["up_proj"]["weight"].shape[0]
+            part(group, hidden, f"{hidden} hidden features")
             self.params, self.shards = take_shards("MLP", params, axes, group)
         self.up = Linear(**self.params["up_proj"])
         self.gelu = GELU()
@@ -94,6 +96,8 @@ class SwiGLU:
         axes = {"gate_proj": COLUMN, "up_proj": COLUMN, "down_proj": ROW}
         with everywhere(group):
             check_names("SwiGLU", params, axes)
+            hidden = params["up_proj"]["weight"].shape[0]
+            part(group, hidden, f"{hidden} hidden features")
             self.params, self.shards = take_shards("SwiGLU", params, axes, group)
         self.gate = Linear(**self.params["gate_proj"])
         self.up = Linear(**self.params["up_proj"])

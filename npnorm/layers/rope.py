@@ -32,7 +32,8 @@ class Rotary:
     Parameters
     ----------
     base : float
-        The ratio of the slowest to the fastest turn; 10000 in the paper.
+        The first pair turns by 1 radian from one position to the next, the last pair by about 1 / base; 10000 in the
+        paper.
 
     Examples
     --------

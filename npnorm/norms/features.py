@@ -32,8 +32,12 @@ class Features:
         self.group = group
         self.width: int | None = None  # any, without parameters
         with everywhere(group):
-            for array in params.values():
-                array_module(array)  # raises, if it is not an array
+            for name, array in params.items():
+                if not hasattr(array, "shape"):
+                    raise TypeError(
+                        f"{layer}: {name} must be an array of shape (features,); a {type(array).__name__} came. "
+                        f"{layer}.init(features) makes a weight of ones."
+                    )
             group.agree(f"{layer} with eps={eps} and " + ", ".join(f"{n} {describe(a)}" for n, a in params.items()))
             if not (isinstance(eps, Real) and math.isfinite(eps) and eps >= 0):
                 raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")

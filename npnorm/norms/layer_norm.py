@@ -1,11 +1,11 @@
 """Layer normalization.
 
 Jimmy Lei Ba, Jamie Ryan Kiros and Geoffrey Hinton, "Layer Normalization", 2016, arXiv:1607.06450, equations 3 and 4;
-with eps inside the root.
+with eps inside the root, as in torch (the paper has none).
 
 Forward, for each row x of n features, with mean(a) = sum(a) / n:
 
-    c    = x - mean(x)
+    c    = x - mean(x)                    centre(x) gives c, mean(x) and var = mean(c^2): see `Features.centre`
     rstd = 1 / sqrt(mean(c^2) + eps)
     z    = c rstd
     y    = z w + b
@@ -29,6 +29,7 @@ import numpy as np
 from npnorm.arrays import Array, array_module, sqrt
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, Solo
+from npnorm.layer import check_saved
 from npnorm.norms.features import Features, affine, centred
 
 
@@ -106,6 +107,7 @@ class LayerNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
+        check_saved("LayerNorm", saved, Saved)
         self.features.check(dy=dy, x=saved.x)
         mean = self.features.mean
 

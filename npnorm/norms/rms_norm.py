@@ -27,6 +27,7 @@ import numpy as np
 from npnorm.arrays import Array, sqrt
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, Solo
+from npnorm.layer import check_saved
 from npnorm.norms.features import Features, affine
 
 
@@ -103,6 +104,7 @@ class RMSNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
+        check_saved("RMSNorm", saved, Saved)
         self.features.check(dy=dy, x=saved.x)
         mean = self.features.mean
 

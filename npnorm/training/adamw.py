@@ -24,7 +24,8 @@ class AdamW:
     params : tree of arrays
         Changed by `step`.
     betas : (float, float)
-        b1 and b2: how much of the moments stays at each step.
+        b1 and b2: how much of the moments stays at each step. The default is that of language models; torch's is
+        (0.9, 0.999), with a weight_decay of 0.01.
     eps : float
     weight_decay : float
         Only for arrays of two axes or more, so not for norms and biases.

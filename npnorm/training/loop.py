@@ -53,10 +53,11 @@ def train(model: Transformer, ids: np.ndarray, recipe: Recipe, rng: np.random.Ge
     for step in range(recipe.steps):
         lr = warmup_cosine(step, recipe.steps, recipe.warmup, recipe.lr)
         inputs, targets = (_to_device(a, model) for a in batch(ids, recipe.rows, recipe.length, rng))
-        logits, saved = model.forward(inputs)
-        loss, saved_loss = loss_layer.forward(logits, targets)
-        _, grads = model.backward(loss_layer.backward(1.0, saved_loss), saved)
-        norm = global_norm(grads, model.shards, model.group)
+        with np.errstate(all="ignore"):  # what is not finite is found below
+            logits, saved = model.forward(inputs)
+            loss, saved_loss = loss_layer.forward(logits, targets)
+            _, grads = model.backward(loss_layer.backward(1.0, saved_loss), saved)
+            norm = global_norm(grads, model.shards, model.group)
         if not math.isfinite(norm + float(loss)):
             raise FloatingPointError(
                 f"step {step}: the loss is {float(loss)}, the norm of the gradient {norm}. "
@@ -88,6 +89,8 @@ def generate(
 
     On a group every rank draws the same, from the same `rng`.
     """
+    if not temperature > 0:
+        raise ValueError(f"generate: temperature is {temperature}. It must be greater than 0; 0.01 is almost greedy.")
     for _ in range(count):
         window = ids[None, -model.config.context :]
         logits, _ = model.forward(_to_device(window, model))

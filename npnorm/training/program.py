@@ -6,12 +6,13 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from npnorm.arrays import Array
-from npnorm.config import Config, init
+from npnorm.config import Config, init, layout
 from npnorm.group import Group
 from npnorm.layer import checksum, leaves
 from npnorm.training.loop import Recipe, evaluate, generate, train
@@ -27,15 +28,15 @@ def arguments(group: Group, description: str, argv: Sequence[str] | None = None)
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--text", metavar="FILE", help="UTF-8 text to learn; default: Python's own language reference")
-    add("--steps", type=_positive, default=Recipe.steps, help="steps of training")
-    add("--seed", type=int, default=0, help="of the parameters, the windows and the sample")
-    add("--rows", type=_positive, default=Recipe.rows, help="windows in a step")
-    add("--context", type=_positive, default=Recipe.length, help="characters in a window")
-    add("--width", type=_positive, default=Config.width, help="features of a position")
-    add("--depth", type=_positive, default=Config.depth, help="blocks")
-    add("--heads", type=_positive, default=Config.heads, help="heads of attention; the ranks must divide them")
-    add("--lr", type=float, default=Recipe.lr, help="the highest learning rate")
-    add("--sample", type=int, default=400, help="characters to write at the end")
+    add("--steps", type=positive_integer, default=Recipe.steps, help="steps of training")
+    add("--seed", type=natural_number, default=0, help="of the parameters, the windows and the sample")
+    add("--rows", type=positive_integer, default=Recipe.rows, help="windows in a step")
+    add("--context", type=positive_integer, default=Recipe.length, help="characters in a window")
+    add("--width", type=positive_integer, default=Config.width, help="features of a position")
+    add("--depth", type=positive_integer, default=Config.depth, help="blocks")
+    add("--heads", type=positive_integer, default=Config.heads, help="heads of attention; the ranks must divide them")
+    add("--lr", type=positive_number, default=Recipe.lr, help="the highest learning rate")
+    add("--sample", type=natural_number, default=400, help="characters to write at the end")
     if group.rank == 0:
         return parser.parse_args(argv)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
@@ -53,28 +54,16 @@ def train_on_text(group: Group, make_config: Callable[..., Config], settings: ar
     settings : argparse.Namespace
         As `arguments` returns them.
     """
+    try:
+        characters, learn, held_out, model = _prepare(group, make_config, settings)
+    except (OSError, ValueError) as problem:  # what the settings ask for cannot be had: no place in the code to show
+        raise SystemExit(f"error: {problem}") from problem
     speak = print if group.rank == 0 else lambda *_, **__: None
-    text = read(settings.text) if settings.text else language_reference()
-    group.agree(f"a text of {len(text)} characters, checksum {zlib.crc32(text.encode()):08x}")
-    characters = Characters(text)
-    ids = characters.encode(text)
-    learn, held_out = split(ids, settings.context)
-    entropy = unigram_entropy(ids)
-
-    multiple = math.lcm(PADDING, group.size)
-    config = make_config(
-        -(-characters.size // multiple) * multiple,
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        context=settings.context,
-    )
-    params = init(config, np.random.default_rng(settings.seed))
-    model = Transformer(config, params, group=group)
-    whole = sum(array.size for _, array in leaves(params))
+    entropy = unigram_entropy(np.concatenate([learn, held_out]))
+    name, c = settings.text or "the Python language reference", model.config
+    whole = sum(math.prod(leaf.shape) for _, leaf in leaves(layout(c)))
     mine = sum(array.size for _, array in leaves(model.params))
-    name, c = settings.text or "the Python language reference", config
-    speak(f"text    {name}: {len(text):,} characters, {characters.size} distinct")
+    speak(f"text    {name}: {len(learn) + len(held_out):,} characters, {characters.size} distinct")
     speak(f"model   {c.placement}-{c.norm} norm, {c.mlp}, {c.positions} positions: {whole:,} parameters")
     speak(f"ranks   {group.size}; this one holds {mine:,} parameters")
     speak(f"losses  in nats for each character; unigram entropy of the text {entropy:.3f}", flush=True)
@@ -91,12 +80,32 @@ def train_on_text(group: Group, make_config: Callable[..., Config], settings: ar
     group.agree(f"the replicated parameters after training, checksum {checksum(_replicated(model)):08x}")
 
     loss = evaluate(model, held_out, recipe.rows, recipe.length)
-    speak(f"held-out loss {loss:.3f} (unigram entropy {entropy:.3f}; the last tenth of the text)")
+    speak(f"held-out loss {loss:.3f} (unigram entropy {entropy:.3f}; the last tenth of the text)", flush=True)
     if settings.sample:
         rng = np.random.default_rng([settings.seed, 2])
         sample = generate(model, held_out[:1], settings.sample, characters.size, rng)
-        speak(f"sample\n{characters.decode(sample)}", flush=True)
+        speak(f"sample, after the first held-out character\n{characters.decode(sample)}", flush=True)
     return loss
+
+
+def _prepare(
+    group: Group, make_config: Callable[..., Config], settings: argparse.Namespace
+) -> tuple[Characters, np.ndarray, np.ndarray, Transformer]:
+    """Return the vocabulary, the ids to learn and those held out, and the model with its first parameters."""
+    text = language_reference() if settings.text is None else read(settings.text)
+    group.agree(f"a text of {len(text)} characters, checksum {zlib.crc32(text.encode()):08x}")
+    characters = Characters(text)
+    learn, held_out = split(characters.encode(text), settings.context)
+    multiple = math.lcm(PADDING, group.size)
+    config = make_config(
+        -(-characters.size // multiple) * multiple,
+        width=settings.width,
+        depth=settings.depth,
+        heads=settings.heads,
+        context=settings.context,
+    )
+    params = init(config, np.random.default_rng(settings.seed))
+    return characters, learn, held_out, Transformer(config, params, group=group)
 
 
 def _replicated(model: Transformer) -> dict[str, Array]:
@@ -105,8 +114,22 @@ def _replicated(model: Transformer) -> dict[str, Array]:
     return {name: array for name, array in leaves(model.params) if axes[name] is None}
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+def positive_integer(text: str) -> int:
+    """Return the number that the text stands for, or raise an error that argparse tells."""
+    return _number(int(text), text, "an integer, at least 1", lambda number: number >= 1)
+
+
+def natural_number(text: str) -> int:
+    """Return the number that the text stands for, or raise an error that argparse tells."""
+    return _number(int(text), text, "an integer, at least 0", lambda number: number >= 0)
+
+
+def positive_number(text: str) -> float:
+    """Return the number that the text stands for, or raise an error that argparse tells."""
+    return _number(float(text), text, "finite and above 0", lambda number: 0 < number < math.inf)
+
+
+def _number(number: Any, text: str, what: str, fits: Callable[[Any], bool]) -> Any:
+    if not fits(number):
+        raise argparse.ArgumentTypeError(f"it is {text}; it must be {what}")
     return number

@@ -78,7 +78,7 @@ def unigram_entropy(ids: np.ndarray) -> float:
     0.6931
     """
     p = np.unique(ids, return_counts=True)[1] / len(ids)
-    return float(-np.sum(p * np.log(p)))
+    return float(np.sum(p * -np.log(p)))
 
 
 def split(ids: np.ndarray, length: int, held_out: float = 0.1) -> tuple[np.ndarray, np.ndarray]:

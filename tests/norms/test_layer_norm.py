@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from npnorm import LayerNorm
+from npnorm import LayerNorm, RMSNorm
 from tests.check import BFLOAT16, check_backward, check_finite_differences, close, exact_norm, rounded, same_bits
 
 AFFINE = pytest.mark.parametrize("names", [(), ("weight",), ("bias",), ("weight", "bias")], ids="+".join)
@@ -269,7 +269,7 @@ def test_an_input_that_is_not_of_floats_is_refused(dtype):
 
 
 def test_lists_are_refused():
-    with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"weight must be an array of shape .*; a list came.*\.init"):
         LayerNorm([1.0, 2.0])
     with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
         LayerNorm(np.ones(2)).forward([[1.0, 2.0]])
@@ -299,3 +299,15 @@ def test_a_gradient_of_another_shape_is_refused(shape):
     message = f"LayerNorm: dy has shape {shape}, and the x that was saved (2, 4). Hand backward the gradient of the y"
     with pytest.raises(ValueError, match=re.escape(message)):
         layer.backward(np.ones(shape), saved)
+
+
+def test_what_another_layer_saved_is_refused():
+    x = np.random.default_rng(40).standard_normal((2, 3))
+    _, saved = RMSNorm(np.ones(3)).forward(x)
+    with pytest.raises(TypeError, match=r"takes what LayerNorm\.forward saved; a npnorm\.norms\..*Saved came"):
+        LayerNorm(np.ones(3)).backward(x, saved)
+
+
+def test_a_communicator_that_is_not_wrapped_is_refused():
+    with pytest.raises(TypeError, match=r"group is a object\. Wrap a communicator first: npnorm\.mpi\.Ranks"):
+        LayerNorm(np.ones(3), group=object())
