@@ -36,7 +36,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, dtype_name, exp, from_numpy, transpose
 from npnorm.group import SOLO, Group, everywhere, part
-from npnorm.layer import Tree, check_features, check_names, take_shards
+from npnorm.layer import Tree, check_dtype, check_features, check_module, check_names, check_saved, take_shards
 from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.layers.rope import Rotary
 
@@ -99,7 +99,9 @@ class Attention:
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x: (batch, length, width)."""
         with everywhere(self.group):
+            check_module("Attention", x, self.params)
             check_features("Attention", x, self.q.params["weight"].shape[1])
+            check_dtype("Attention", x, self.params)
             if x.ndim != 3:
                 raise ValueError(f"Attention takes x of shape (batch, length, width); {tuple(x.shape)} came.")
         (q, save_q), (k, save_k), (v, save_v) = (layer.forward(x) for layer in (self.q, self.k, self.v))
@@ -116,6 +118,7 @@ class Attention:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, Tree]:
         """Return dx, and the gradients of this rank's shards."""
+        check_saved("Attention", saved, Saved)
         xp = array_module(dy)
         _, turns, q, k, v, p, _ = saved
         do, grads_o = self.o.backward(dy, saved.o_proj)

@@ -19,7 +19,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, exp, from_numpy, log
 from npnorm.group import SOLO, Group, everywhere
-from npnorm.layer import check_features, check_ids, check_module
+from npnorm.layer import check_features, check_ids, check_module, check_saved
 
 
 class Saved(NamedTuple):
@@ -77,6 +77,7 @@ class CrossEntropy:
 
     def backward(self, dloss: Array | float, saved: Saved) -> Array:
         """Return the gradient of the logits, this rank's shard."""
+        check_saved("CrossEntropy", saved, Saved)
         p, target = saved
         xp = array_module(p)
         rows = p.size // p.shape[-1]

@@ -15,7 +15,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, describe, from_numpy
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_features, check_ids, check_module
+from npnorm.layer import check_features, check_ids, check_module, check_saved
 
 
 class Saved(NamedTuple):
@@ -71,6 +71,7 @@ class Embedding:
     def backward(self, dx: Array, saved: Saved) -> tuple[None, dict[str, Array]]:
         """Return None, since ids have no gradient, and the gradient of the table."""
         w = self.params["weight"]
+        check_saved("Embedding", saved, Saved)
         with everywhere(self.group):
             check_features("Embedding.backward", dx, w.shape[1], name="dx")
         xp = array_module(dx)

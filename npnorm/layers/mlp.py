@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
 from npnorm.group import SOLO, Group, everywhere, part
-from npnorm.layer import Tree, check_features, check_names, take_shards
+from npnorm.layer import Tree, check_dtype, check_features, check_module, check_names, check_saved, take_shards
 from npnorm.layers.activations import GELU, SiLU
 from npnorm.layers.linear import COLUMN, ROW, Linear
 
@@ -56,7 +56,9 @@ class MLP:
     def forward(self, x: Array) -> tuple[Array, SavedMLP]:
         """Return y of the shape of x: (..., width)."""
         with everywhere(self.group):
+            check_module("MLP", x, self.params)
             check_features("MLP", x, self.up.params["weight"].shape[1])
+            check_dtype("MLP", x, self.params)
         h, up = self.up.forward(x)
         a, gelu = self.gelu.forward(h)
         y, down = self.down.forward(a)
@@ -64,6 +66,7 @@ class MLP:
 
     def backward(self, dy: Array, saved: SavedMLP) -> tuple[Array, Tree]:
         """Return dx, and the gradients of this rank's shards."""
+        check_saved("MLP", saved, SavedMLP)
         da, down = self.down.backward(dy, saved.down)
         dh, _ = self.gelu.backward(da, saved.gelu)
         dx, up = self.up.backward(dh, saved.up)
@@ -108,7 +111,9 @@ class SwiGLU:
     def forward(self, x: Array) -> tuple[Array, SavedSwiGLU]:
         """Return y of the shape of x: (..., width)."""
         with everywhere(self.group):
+            check_module("SwiGLU", x, self.params)
             check_features("SwiGLU", x, self.up.params["weight"].shape[1])
+            check_dtype("SwiGLU", x, self.params)
         g, gate = self.gate.forward(x)
         s, silu = self.silu.forward(g)
         h, up = self.up.forward(x)
@@ -117,6 +122,7 @@ class SwiGLU:
 
     def backward(self, dy: Array, saved: SavedSwiGLU) -> tuple[Array, Tree]:
         """Return dx, and the gradients of this rank's shards."""
+        check_saved("SwiGLU", saved, SavedSwiGLU)
         dsh, down = self.down.backward(dy, saved.down)
         dx_up, up = self.up.backward(dsh * saved.s, saved.up)
         dg, _ = self.silu.backward(dsh * saved.h, saved.silu)

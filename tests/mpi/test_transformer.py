@@ -197,6 +197,7 @@ MISFITS = {
     "table": lambda group, rank: Embedding(np.ones((3 + rank, 2)), group=group),
     "bias": lambda group, rank: Linear(np.ones((2, 3)), None if rank else np.ones(2), group=group),
     "weights": lambda group, rank: MLP(MLP_PARAMS | {"up_proj": {"weight": np.ones((4, 2)) + rank}}, group=group),
+    "dtype": lambda group, rank: MLP(MLP_PARAMS, group=group).forward(np.ones((3, 2), f"float{64 // (1 + rank)}")),
     "names": lambda group, rank: MLP({"up_proj": MLP_PARAMS["up_proj"]} if rank else MLP_PARAMS, group=group),
 }
 
