@@ -20,8 +20,7 @@ from pathlib import Path
 
 import _pytest
 import pytest
-from _pytest.assertion import install_importhook
-from _pytest.config import get_config
+from _pytest.config import _prepareconfig
 from mpi4py import MPI
 
 ORPHAN_LIMIT = 10.0  # seconds beyond its time limit after which a test has no parent any more
@@ -69,7 +68,7 @@ def main() -> None:
     stacks = open(folder / f"stack.{rank}", "w")  # stays open: faulthandler writes to its descriptor
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)  # how the pool asks where a rank hangs
-    install_importhook(get_config())  # assert statements show their values, as in the pytest process
+    _prepareconfig(["--noconftest"])  # assert statements show their values, as in the pytest process
     with Client(str(folder / "socket")) as connection, contextlib.suppress(EOFError, ConnectionError):
         connection.send((rank, MPI.COMM_WORLD.size, os.getpid(), shared_memory()))
         while True:
