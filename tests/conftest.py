@@ -11,10 +11,11 @@ with contextlib.suppress(ImportError):  # without mpi4py the tests that need it 
 
     mpi4py.rc.initialize = False  # some MPI libraries refuse to start an mpirun below a process that uses MPI
 
-from tests.mpi.pool import Pools, rank_count, settings
+from tests.mpi.pool import Pools, rank_count, settings, shared_files, sweep
 
 collect_ignore = ["mpi/worker.py"]  # the search for doctests would import it, and MPI with it
 POOLS = pytest.StashKey[Pools]()
+SHARED_BEFORE = pytest.StashKey[set]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "is a fresh communicator; timeout in seconds; counted: the test uses tests.mpi.pmpi.counting",
     )
     config.stash[POOLS] = Pools(config.rootpath)
+    config.stash[SHARED_BEFORE] = shared_files()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -55,5 +57,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the pool also after an interrupted run."""
+    """End the pool also after an interrupted run, and remove what jobs that failed on purpose have left."""
     config.stash[POOLS].close()
+    sweep(config.stash[SHARED_BEFORE])

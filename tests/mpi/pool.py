@@ -103,6 +103,24 @@ def readable(text: str) -> str:
     return re.sub("0x[0-9a-f]+", "0x...", "\n".join(lines))
 
 
+def shared_files() -> set[Path]:
+    """Return the files of ours through which MPI ranks of one host share memory."""
+    shared = Path("/dev/shm")
+    files = {*shared.glob("mpich_shm_*"), *shared.glob("sm_segment.*")}
+    return {file for file in files if file.exists() and file.stat().st_uid == os.getuid()}
+
+
+def sweep(before: set[Path]) -> None:
+    """Remove the shared files that have come since and that no process uses: an aborted job leaves its behind."""
+    used = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # a process that has ended meanwhile, or is another user's
+            used += maps.read_text()
+    for file in shared_files() - before:
+        if str(file) not in used:
+            file.unlink(missing_ok=True)
+
+
 class Pool:
     """A running `mpirun` with its workers."""
 
