@@ -53,8 +53,8 @@ class LayerNorm:
     eps : float
         Added to the variance (that of n, not n - 1); in units of x squared.
     group : Group
-        The ranks over which the features are split equally. Communicated: forward a sum of one number for each row
-        and a sum of two (the second is what the first rounded away); backward one sum of two.
+        The ranks over which the features are split equally. Communicated: forward a sum of one number for each row,
+        the mean, and a sum of two, the centred square and what rounding had left of the mean; backward one sum of two.
     compute : "float64", "float32" or None
         The working precision; None is float64.
 
