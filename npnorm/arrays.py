@@ -55,9 +55,12 @@ def from_numpy(values: np.ndarray, like: Array) -> Array:
     return xp.asarray(values, device=like.device)
 
 
-def contiguous(x: Array) -> Array:
-    """Return `x` in C order, so that a sum over its last axis adds neighbours, in the same order for any layout."""
+def contiguous(x: Array, dtype: Any = None) -> Array:
+    """Return `x` in C order and aligned, so that a sum over its last axis adds in the same order for any layout."""
     xp = array_module(x)
+    if xp is np:
+        return np.require(x, dtype, ["C_CONTIGUOUS", "ALIGNED"])
+    x = x if dtype is None else xp.astype(x, dtype, copy=False)
     return xp.ascontiguousarray(x) if hasattr(xp, "ascontiguousarray") else x
 
 
@@ -91,7 +94,7 @@ def round_to(x: Array, dtype: Any) -> Array:
     remembers that something was cut off) makes the second rounding the only one that counts.
     """
     xp = array_module(x)
-    if xp is np and x.dtype == np.float64 and dtype.name == "bfloat16":
+    if xp is np and x.dtype == np.float64 and np.dtype(dtype).name == "bfloat16":
         single = x.astype(np.float32)
         bits = single.view(np.uint32)  # shares memory with `single`
         bits -= np.abs(single) > np.abs(x)
@@ -118,6 +121,29 @@ def log(x: Array) -> Array:
 def tanh(x: Array) -> Array:
     """Return the hyperbolic tangent, element by element."""
     return array_module(x).tanh(x)
+
+
+def erf(x: Array) -> Array:
+    """Return the error function, element by element; on the host by SciPy, which is loaded here only."""
+    xp = array_module(x)
+    try:
+        from scipy.special import erf as on_host
+
+        if xp.__name__ == "cupy":
+            from cupyx.scipy.special import erf as on_device
+
+            return on_device(x)
+    except ImportError as problem:
+        raise ImportError(
+            f"The error function needs SciPy, which could not be loaded ({problem}). Install it: pip install scipy."
+        ) from problem
+    return from_numpy(on_host(to_numpy(x)), x)
+
+
+def square_sum(x: Array) -> Array:
+    """Return the sum of the squared magnitudes over the last axis: fast, for comparisons; its last bits vary."""
+    xp = array_module(x)
+    return np.vecdot(x, x).real if xp is np else xp.sum(abs(x) ** 2, axis=-1)
 
 
 def transpose(x: Array) -> Array:

@@ -1,13 +1,14 @@
 """How a row formula is driven: in which precision, in which blocks of rows, at which scale. No mathematics of norms.
 
-A norm's page gives a formula over rows of features. `Rows` evaluates it in float64, block by block, and rounds once:
+A norm's page gives a formula over rows; what a row is, is said by its axes (`npnorm.axes`). `Rows` evaluates the
+formula in float64, block by block, and rounds once:
 
 * float64 holds the square of any float32, so that float32, float16 and bfloat16 come out correctly rounded over their
   whole range; and in blocks that stay in cache it is no slower than float32 arrays in memory.
 * Alone, the formula runs on one block of rows after the other. On a group it runs on all its rows at once, so that a
   statistic is one message; on a GPU too, where every block would be a launch.
 * A norm does not see the scale of a row: z(x, eps) = z(x / 2^k, eps / 4^k). Rows whose squares leave the range are
-  handed to the formula divided by a power of two, which is exact.
+  handed to the formula divided by a power of two, which is exact; so are rows of dy, in which backward is linear.
 """
 
 import math
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
-from npnorm.group import Group, Solo, everywhere
+from npnorm.axes import Axes
+from npnorm.group import Solo, everywhere
 
 BLOCK = 1 << 20
 """Bytes of one operand in a block, in working precision: about a core's L2 cache."""
@@ -26,68 +28,89 @@ BLOCK = 1 << 20
 SAFE = {"float64": 450, "float32": 50}
 """Numbers between 2^-SAFE and 2^SAFE, and sums of their squares, are in range."""
 
+LEAST = 24
+"""A row divided by 2^LEAST can be summed without overflow."""
+
 
 class Rows:
-    """The rows of arrays with the features last, and how formulas over them are evaluated.
+    """The rows of arrays, and how formulas over them are evaluated.
 
     Parameters
     ----------
+    axes : Axes
+        What a row is, and the ranks over which it is split.
     eps : float
         What the norm adds to its mean square; it is scaled as the rows are.
-    group : Group
-        The ranks over which the features are split.
     compute : "float64", "float32" or None
         The working precision; None is float64.
     """
 
-    def __init__(self, eps: float, group: Group, compute: str | None) -> None:
+    def __init__(self, axes: Axes, eps: float, compute: str | None = None) -> None:
+        self.axes = axes
         self.eps = float(eps)  # a Python number takes the precision of the array that it meets
-        self.group = group
-        with everywhere(group):
+        with everywhere(axes.group):
             if compute not in (None, *SAFE):
                 raise ValueError(f"compute is {compute!r}. Choose None, 'float64' or 'float32'.")
         self.compute = compute or "float64"
 
     def forward(
-        self, formula: Callable[..., Any], x: Array, params: dict[str, Array]
-    ) -> tuple[Array, Array, Array | None]:
-        """Evaluate `formula(x, w, b, eps) -> y, statistics` on all rows.
+        self,
+        formula: Callable[..., Any],
+        x: Array,
+        params: dict[str, Array],
+        *others: Array,
+        constants: tuple[Array, ...] = (),
+    ) -> tuple[Array, tuple[Array, ...], Array | None]:
+        """Evaluate `formula(x, *others, w, b, *more, *constants, eps) -> y, statistics` on all rows.
 
         Parameters
         ----------
         formula : callable
-            w and b are None where the norm has none; statistics are of shape (rows, k), with rstd last.
-        x : array of shape (..., features)
+            w and b are None where the norm has none; statistics are a tuple of one number for each row, rstd last. An
+            empty tuple says that the scale of x is seen: nothing is scaled.
+        x, others : arrays of one shape
+            x is the one whose scale the norm does not see.
         params : dict
-            May hold "weight" and "bias", of shape (features,).
+            May hold "weight", "bias", and more, which come after these two.
+        constants : tuple of arrays
+            One number for each row, in working precision.
 
         Returns
         -------
         y : array of the shape and dtype of x
-        statistics : array of shape (rows, k), of the scaled rows, in working precision
-        scale : array of shape (rows, 1), or None
-            The power of two that each row was divided by; None if no row needed one.
+        statistics : tuple of arrays, one number for each row; of the scaled rows, in working precision
+        scale : array, or None
+            The exponent of two for each row: it was divided by 2^scale. None if no row needed it.
         """
-        with _evaluation(x.shape[-1]):  # what leaves the range is found by its rstd, and redone
-            y, statistics = self._forward(formula, x, params, None)
-            scale = self._scale(x, statistics[:, -1:])
-            if scale is not None:
-                y, statistics = self._forward(formula, x, params, scale)
-        return y, statistics, scale
+        xp, work = array_module(x), self._work(x, *others, *params.values())
+        wide = self._wide(x)
+        rows = [self.axes.rows(a) for a in (x, *others)]
+        out, statistics, scale = xp.empty_like(rows[0]), [], None
 
-    def _forward(
-        self, formula: Callable[..., Any], x: Array, params: dict[str, Array], scale: Array | None
-    ) -> tuple[Array, Array]:
-        xp, work, flat = array_module(x), self._work(x, *params.values()), _flat(x)
-        w, b = (_cast(params.get(name), work) for name in ("weight", "bias"))
-        out, statistics = xp.empty_like(flat), []
-        for s in self._blocks(flat):
-            k = None if scale is None else scale[s, :]
+        def evaluate(s: slice, k: Array | None) -> tuple[Array, tuple[Array, ...]]:
+            first, *rest = (contiguous(a[s, ...], work) for a in rows)
             eps = self.eps if k is None else _divide(_divide(xp.full_like(k, self.eps), k), k)
-            y, statistic = formula(_divide(_cast(flat[s, :], work), k), w, b, eps)
-            out[s, :] = round_to(y, x.dtype)
-            statistics.append(statistic)
-        return xp.reshape(out, x.shape), xp.concat(statistics)
+            w_b = self._params(params, s, work)
+            return formula(_divide(first, k), *rest, *w_b, *(a[s, ...] for a in constants), eps)
+
+        with _evaluation(_width(rows[0])):
+            for s in self._blocks(rows[0]):
+                k = None
+                y, statistic = evaluate(s, k)
+                if wide and statistic:
+                    k = self._scale(contiguous(rows[0][s, ...], work), statistic[-1])
+                if k is not None:
+                    y, statistic = evaluate(s, k)
+                    constant = ~(abs(statistic[-1]) < math.inf) & (self.eps > 0)  # eps / 4^k has vanished beside zeros
+                    if bool(xp.any(constant)):
+                        k = xp.where(constant, xp.full_like(k, LEAST), k)
+                        y, statistic = evaluate(s, k)
+                    if scale is None:
+                        scale = xp.zeros_like(_cast(rows[0][(slice(None), *(slice(1) for _ in k.shape[1:]))], k.dtype))
+                    scale[s, ...] = k
+                out[s, ...] = round_to(y, x.dtype)
+                statistics.append(statistic)
+        return self.axes.restore(out, x), tuple(xp.concat(a) for a in zip(*statistics, strict=True)), scale
 
     def backward(
         self,
@@ -95,62 +118,107 @@ class Rows:
         dy: Array,
         x: Array,
         params: dict[str, Array],
-        statistics: Array,
+        statistics: tuple[Array, ...],
         scale: Array | None,
-    ) -> tuple[Array, dict[str, Array]]:
-        """Evaluate `formula(dy, x, w, statistics) -> dx, {name: gradient by row}` on all rows.
+        *others: Array,
+    ) -> tuple[Any, dict[str, Array]]:
+        """Evaluate `formula(dy, x, *others, w, *more, *statistics, eps) -> dx, {name: gradient by row}` on all rows.
+
+        The formula is linear in dy. With `others` it returns a tuple: dx, and a gradient for each of them.
 
         Returns
         -------
-        dx : array of the shape and dtype of x
+        dx : array of the shape and dtype of x, or a tuple: one such for x and for each of `others`
         grads : dict
             For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
         """
         xp, work = array_module(x), self._work(dy, *params.values())
-        flat, flat_dy = _flat(x), _flat(dy)
-        w = _cast(params.get("weight"), work)
-        out, sums = xp.empty_like(flat), dict.fromkeys(params, 0.0)
-        with _evaluation(x.shape[-1]):
-            for s in self._blocks(flat):
-                k = None if scale is None else scale[s, :]
-                dx, rows = formula(_cast(flat_dy[s, :], work), _divide(_cast(flat[s, :], work), k), w, statistics[s, :])
-                out[s, :] = round_to(_divide(dx, k), x.dtype)
+        wide = self._wide(dy)
+        rows_dy, *rows = (self.axes.rows(a) for a in (dy, x, *others))
+        outs = [xp.empty_like(a) for a in rows]
+        sums: dict[str, list[Array]] = {name: [] for name in params}
+        with _evaluation(_width(rows[0])):
+            for s in self._blocks(rows[0]):
+                k = None if scale is None else scale[s, ...]
+                block = contiguous(rows_dy[s, ...], work)
+                q = self._scale_dy(block) if wide else None
+                first, *rest = (contiguous(a[s, ...], work) for a in rows)
+                w, _, *more = self._params(params, s, work)
+                eps = self.eps if k is None else _divide(_divide(xp.full_like(k, self.eps), k), k)
+                d, by_row = formula(
+                    _divide(block, q), _divide(first, k), *rest, w, *more, *(a[s, ...] for a in statistics), eps
+                )
+                dx, *others_d = d if others else (d,)
+                dx = _divide(dx, k if q is None else -q if k is None else k - q)
+                for out, a in zip(outs, (dx, *(_multiply(a, q) for a in others_d)), strict=True):
+                    out[s, ...] = round_to(a, out.dtype)
                 for name in params:
-                    sums[name] = xp.sum(rows[name], axis=0) + sums[name]
-            grads = {name: round_to(sums[name], param.dtype) for name, param in params.items()}
-        return xp.reshape(out, x.shape), grads
+                    sums[name] = self.axes.join(sums[name], self.axes.over_rows(_multiply(by_row[name], q)))
+            grads = {
+                name: round_to(self.axes.gradient(sums[name], param), param.dtype) for name, param in params.items()
+            }
+        restored = tuple(self.axes.restore(out, x) for out in outs)
+        return (restored if others else restored[0]), grads
+
+    def widened(self, param: Array) -> Array:
+        """Return `param` in the working precision, so that backward leaves its gradient unrounded."""
+        return _cast(param, self._work(param))
+
+    def _params(self, params: dict[str, Array], s: slice, work: Any) -> Iterator[Array | None]:
+        for name in dict.fromkeys(("weight", "bias", *params)):
+            yield self.axes.spread(_cast(params[name], work), s) if name in params else None
 
     def _work(self, *arrays: Array) -> Any:
         """Return the working dtype: complex128 for the complex step, which differentiates the very code that runs."""
         names = {dtype_name(a) for a in arrays}
-        with everywhere(self.group):
+        with everywhere(self.axes.group):
             if "float64" in names and self.compute == "float32":
                 raise TypeError("compute='float32' would cut float64 arrays short. Leave compute out for them.")
         return getattr(array_module(arrays[0]), "complex128" if "complex128" in names else self.compute)
 
-    def _blocks(self, flat: Array) -> Iterator[slice]:
-        rows, width = flat.shape
-        one_by_one = isinstance(self.group, Solo) and array_module(flat) is np
-        step = max(1, BLOCK // (8 * width)) if one_by_one else max(1, rows)
-        for start in range(0, max(1, rows), step):  # without rows, one empty block
-            yield slice(start, min(start + step, rows))
+    def _wide(self, x: Array) -> bool:
+        """Return whether squares of x can leave the range of the working precision."""
+        same_range = {"float64": ("float64", "complex128"), "float32": ("float32", "bfloat16")}
+        return dtype_name(x) in same_range[self.compute]
+
+    def _blocks(self, rows: Array) -> Iterator[slice]:
+        count = rows.shape[0]
+        one_by_one = isinstance(self.axes.group, Solo) and array_module(rows) is np
+        periods = BLOCK // (8 * max(1, _width(rows)) * self.axes.period)
+        step = max(1, periods) * self.axes.period if one_by_one else max(1, count)
+        for start in range(0, max(1, count), step):  # without rows, one empty block
+            yield slice(start, min(start + step, count))
 
     def _scale(self, x: Array, rstd: Array) -> Array | None:
-        """Return each row's power of two, or None if all are in range: the same on every rank, as rstd is."""
+        """Return the exponent for each row, or None if all are in range: the same on every rank, as rstd is."""
         xp = array_module(x)
         safe = SAFE[self.compute]
         size = abs(rstd)
-        out = ~((size > 2.0**-safe) & (size < 2.0**safe))  # a NaN is out
+        beside_eps = size * size * self.eps > 1 - 2.0 ** -(safe // 10)  # x is small beside eps, maybe subnormal
+        out = ~((size > 2.0**-safe) & (size < 2.0**safe)) | beside_eps  # a NaN is out
         if not bool(xp.any(out)):
             return None
-        largest = self.group.max(xp.max(abs(_cast(_flat(x), self._work(x))), axis=-1, keepdims=True))
-        usable = out & (largest > 0) & (largest < float("inf"))
+        largest = self.axes.largest(x)
+        usable = out & (largest > 0) & (largest < math.inf) & ~((largest > 2.0**-safe) & (largest < 2.0**safe))
+        if not bool(xp.any(usable)):
+            return None
         k = xp.floor(xp.log2(xp.where(usable, largest, xp.ones_like(largest))))
-        if self.eps > 0:  # eps / 4^k should neither overflow nor vanish
-            root = float(math.floor(math.log2(self.eps) / 2))
-            k = xp.where(k < root, xp.full_like(k, root), k)
-            k = xp.where(k > root + 2 * safe, k - safe, xp.where(k > root + safe, xp.full_like(k, root + safe), k))
-        return xp.where(usable, k, xp.zeros_like(k)) if bool(xp.any(usable)) else None
+        if self.eps > 0:  # eps / 4^k should not overflow
+            least = math.floor(math.log2(self.eps) / 2) - safe
+            k = xp.where(k < least, xp.full_like(k, float(least)), k)
+        return xp.where(usable, k, xp.zeros_like(k))
+
+    def _scale_dy(self, dy: Array) -> Array | None:
+        """Return the exponent for each row of dy, or None if all are in range."""
+        if not isinstance(self.axes.group, Solo):
+            return None  # would be a message in each backward
+        xp = array_module(dy)
+        safe = SAFE[self.compute]
+        largest = self.axes.largest(dy)
+        usable = ((largest > 2.0**safe) | (largest < 2.0**-safe)) & (largest > 0) & (largest < math.inf)
+        if not bool(xp.any(usable)):
+            return None
+        return xp.floor(xp.log2(xp.where(usable, largest, xp.ones_like(largest))))
 
 
 @contextmanager
@@ -166,12 +234,12 @@ def _evaluation(width: int) -> Iterator[None]:
         yield
 
 
-def _flat(x: Array) -> Array:
-    return array_module(x).reshape(contiguous(x), (-1, x.shape[-1]))
+def _width(rows: Array) -> int:
+    return math.prod(rows.shape[1:])
 
 
-def _cast(x: Array | None, dtype: Any) -> Any:
-    return None if x is None else array_module(x).astype(x, dtype, copy=False)
+def _cast(x: Array, dtype: Any) -> Array:
+    return array_module(x).astype(x, dtype, copy=False)
 
 
 def _divide(x: Array, k: Array | None) -> Array:
@@ -180,3 +248,7 @@ def _divide(x: Array, k: Array | None) -> Array:
         return x
     half = array_module(k).floor(k / 2)
     return x * 2.0**-half * 2.0 ** (half - k)
+
+
+def _multiply(x: Array, k: Array | None) -> Array:
+    return x if k is None else _divide(x, -k)

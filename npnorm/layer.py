@@ -95,14 +95,23 @@ def check_names(layer: str, params: Tree, axes: Tree) -> None:
 
 
 def check_module(layer: str, x: Array, params: Tree) -> None:
-    """Raise one clear error unless `x` and the parameters are arrays of one module."""
+    """Raise one clear error unless `x` and the parameters are arrays of one module, on one device."""
     module = array_module(x)
     for name, param in leaves(params):
+        if array_module(param) is module and device(param) != device(x):
+            raise TypeError(
+                f"{layer}: {name} is on {device(param)}, x on {device(x)}. Bring both to the same device first."
+            )
         if array_module(param) is not module:
             raise TypeError(
                 f"{layer}: {name} is an array of {array_module(param).__name__}, x one of {module.__name__}. "
                 "Bring both to the same device first."
             )
+
+
+def device(x: Array) -> str:
+    """Return where `x` lies, for a message and a comparison."""
+    return str(getattr(x, "device", "host"))
 
 
 def check_saved(layer: str, saved: Any, kind: type) -> None:

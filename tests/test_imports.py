@@ -14,8 +14,8 @@ FILES = {
 }
 ALL = pytest.mark.parametrize("name", FILES)
 
-FLOORS = [{"arrays"}, {"group"}, {"layer", "blocked", "mpi"}, {"norms"}, {"layers"}, {"blocks", "config"}]
-FLOORS += [{"transformer"}, {"training"}, {"__init__"}]
+FLOORS = [{"arrays"}, {"group"}, {"axes", "layer", "mpi"}, {"blocked"}, {"norms"}, {"layers"}, {"blocks", "config"}]
+FLOORS += [{"transformer"}, {"training"}, {"__init__"}, {"studies"}]
 
 
 def part(name):

@@ -33,20 +33,18 @@ def draw(rng, **shapes):
 class NoMeanOfDz(LayerNorm):
     def backward(self, dy, saved):
         dx, grads = super().backward(dy, saved)
-        return dx + saved.statistics[:, 2:] * mean(dy * self.params["weight"]), grads
+        return dx + saved.rstd * mean(dy * self.params["weight"]), grads
 
 
 class NoMeanOfDzz(LayerNorm):
     def backward(self, dy, saved):
-        dz, rstd = dy * self.params["weight"], saved.statistics[:, 2:]
+        dz, rstd = dy * self.params["weight"], saved.rstd
         return rstd * (dz - mean(dz)), super().backward(dy, saved)[1]
 
 
 class RstdWithoutEps(LayerNorm):
     def backward(self, dy, saved):
-        statistics = saved.statistics.copy()
-        statistics[:, 2:] = 1 / np.sqrt(saved.x.var(axis=-1, keepdims=True))
-        return super().backward(dy, saved._replace(statistics=statistics))
+        return super().backward(dy, saved._replace(rstd=1 / np.sqrt(saved.x.var(axis=-1, keepdims=True))))
 
 
 class WeightGradientOfX(LayerNorm):

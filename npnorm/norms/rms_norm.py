@@ -20,23 +20,49 @@ Since d rstd / dx = -rstd^3 x / n, each feature moves all others through one num
 over the ranks of a group costs one all-reduce forward, of mean(x^2), and one backward, of mean(dz z).
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from npnorm.arrays import Array, sqrt
+from npnorm.axes import Axes, Features
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, Solo
 from npnorm.layer import check_saved
-from npnorm.norms.features import Features, affine
+from npnorm.norms.checks import check_features, check_settings, count_axes
+from npnorm.norms.folding import fold_into
+from npnorm.norms.statistics import affine, refine
+from npnorm.norms.weight import Gain
+
+
+def normalize(
+    axes: Axes, gain: Gain, given: Array, x: Array, w: Array, b: Array, eps: Array
+) -> tuple[Array, tuple[Array]]:
+    """Evaluate the forward formula on rows; return y, (rstd,). `given`, x as it came, says what z is rounded to."""
+    rstd = 1 / sqrt(axes.mean(x * x) + eps)
+    z = x * rstd
+    y = affine(gain.times(z, w, given), None, b)  # z w + b
+    return y, (rstd,)
+
+
+def normalize_backward(
+    axes: Axes, gain: Gain, given: Array, dy: Array, x: Array, w: Array, rstd: Array, eps: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Evaluate the backward formula on rows; the gradients of the parameters are still to be summed."""
+    z = x * rstd
+    dz = affine(dy, gain.of(w))
+    d = dz - z * axes.mean(dz * z)
+    dx = rstd * refine(axes, d, dz, z, eps * rstd * rstd, centre=False)
+    return dx, {"weight": dy * gain.rounded(z, given), "bias": dy}
 
 
 class Saved(NamedTuple):
     """What backward needs of forward."""
 
     x: Array
-    rstd: Array  # (rows, 1), of the scaled rows
-    scale: Array | None  # (rows, 1): the power of two a row was divided by, where its squares leave the range
+    rstd: Array  # one number for each row, of the scaled rows
+    scale: Array | None  # the exponent of two a row was divided by, where its squares leave the range
 
 
 class RMSNorm:
@@ -44,14 +70,21 @@ class RMSNorm:
 
     Parameters
     ----------
-    weight : array of shape (features,), or None
-        The gain w; None leaves it out. On a group, this rank's shard.
-    bias : array of shape (features,), or None
+    weight : array of the shape of the features, or None
+        The gain w; None leaves it out. On a group, this rank's shard along the last axis.
+    bias : array of the shape of the features, or None
         The shift b; None leaves it out.
     eps : float
         Added to the mean square; in units of x squared.
+    axes : int or None
+        How many trailing axes are the features; None: as many as the parameters have, 1 without parameters.
+    offset : float
+        Added to the weight: y = z (offset + w) + b; in float32 for weights of 32 bits or fewer.
+    cast : None, "llama", "olmo2" or "gemma"
+        Where the product with the weight is rounded, for x of 32 bits or fewer; see `npnorm.norms.weight`. y has the
+        dtype of x in all of them. Backward takes dw from the rounded z, and lets gradients through roundings unchanged.
     group : Group
-        The ranks over which the features are split equally. Communicated: one sum of a number for each row forward,
+        The ranks over which the last axis is split equally. Communicated: one sum of a number for each row forward,
         one backward.
     compute : "float64", "float32" or None
         The working precision; None is float64.
@@ -59,7 +92,7 @@ class RMSNorm:
     Raises
     ------
     ValueError, TypeError
-        On every rank alike, if the parameters are not floats of one shape (features,), or eps is not finite and >= 0.
+        On every rank alike, if the parameters are not floats of one shape, or eps is not finite and >= 0.
 
     Examples
     --------
@@ -75,44 +108,46 @@ class RMSNorm:
         bias: Array | None = None,
         eps: float = 1e-6,
         *,
+        axes: int | None = None,
+        offset: float = 0,
+        cast: str | None = None,
         group: Group = SOLO,
         compute: str | None = None,
     ) -> None:
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
-        self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
-        self.features = Features("RMSNorm", self.params, eps, group)
-        self.rows = Rows(eps, group, compute)
+        check_settings("RMSNorm", self.params, eps, group)
+        self.axes = Features("RMSNorm", group, count_axes("RMSNorm", self.params, axes, group))
+        self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else self.axes.count - 1)
+        self.rows = Rows(self.axes, eps, compute)
+        self.gain = Gain("RMSNorm", weight, offset, cast, group)
 
     @classmethod
-    def init(cls, features: int, dtype: str = "float32", **settings: object) -> "RMSNorm":
-        """Return the norm with a weight of ones and no bias."""
-        return cls(np.ones(features, dtype), **settings)  # type: ignore[arg-type]
+    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Any) -> "RMSNorm":
+        """Return the norm with a gain of ones (offset + weight) and no bias."""
+        return cls(np.full(features, 1 - settings.get("offset", 0), dtype), **settings)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
-        self.features.check(x=x)
-        mean = self.features.mean
+        check_features("RMSNorm", self.params, self.axes.count, self.axes.group, x=x)
 
-        def formula(x: Array, w: Array, b: Array, eps: Array) -> tuple[Array, Array]:
-            rstd = 1 / sqrt(mean(x * x) + eps)
-            z = x * rstd
-            y = affine(z, w, b)
-            return y, rstd
-
-        y, rstd, scale = self.rows.forward(formula, x, self.params)
+        formula = partial(normalize, self.axes, self.gain, x)
+        y, (rstd,), scale = self.rows.forward(formula, x, self.params)
         return y, Saved(x, rstd, scale)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
         check_saved("RMSNorm", saved, Saved)
-        self.features.check(dy=dy, x=saved.x)
-        mean = self.features.mean
+        check_features("RMSNorm", self.params, self.axes.count, self.axes.group, dy=dy, x=saved.x)
+        formula = partial(normalize_backward, self.axes, self.gain, saved.x)
+        return self.rows.backward(formula, dy, saved.x, self.params, (saved.rstd,), saved.scale)
 
-        def formula(dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Array, dict[str, Array]]:
-            z = x * rstd
-            dz = affine(dy, w)
-            dx = rstd * (dz - z * mean(dz * z))
-            return dx, {"weight": dy * z, "bias": dy}  # to be summed over the rows
+    def fold_into(self, linear: Any) -> tuple["RMSNorm", Any]:
+        """Return this norm without weight and bias, and a copy of the `Linear` that reads it which has taken them in.
 
-        x, rstd, scale = saved
-        return self.rows.backward(formula, dy, x, self.params, rstd, scale)
+        The outputs are the same: (z w + b) W^T + c = z (W diag(w))^T + (W b + c); see `npnorm.norms.folding`.
+        """
+        params = dict(self.params)
+        if "weight" in params:
+            params["weight"] = self.gain.of(params["weight"])
+        bare = RMSNorm(eps=self.rows.eps, group=self.axes.group, compute=self.rows.compute)
+        return bare, fold_into(params, linear)

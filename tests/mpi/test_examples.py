@@ -57,7 +57,7 @@ def test_a_transformer_equals_serial_and_trains(name, ranks):
 def test_a_difference_from_serial_is_an_error(name):
     code = f"""
 import sys
-from npnorm.norms.features import Features
+from npnorm.axes import Features
 mean = Features.mean
 def faulty(self, *arrays):
     means = mean(self, *arrays)

@@ -81,7 +81,7 @@ def test_a_mean_over_the_shard_only_is_seen(comm):
     y, _ = LayerNorm(weight, bias).forward(x)
     split = LayerNorm(group.shard(weight, -1), group.shard(bias, -1), group=group)
     np.testing.assert_allclose(split.forward(group.shard(x, -1))[0], group.shard(y, -1), rtol=1e-12, atol=1e-12)
-    split.features.mean = faulty.__get__(split.features)
+    split.axes.mean = faulty.__get__(split.axes)
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(split.forward(group.shard(x, -1))[0], group.shard(y, -1), rtol=1e-12, atol=1e-12)
 

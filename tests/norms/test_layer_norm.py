@@ -243,9 +243,8 @@ def test_a_bad_eps_is_refused(eps):
 @pytest.mark.parametrize(
     ("weight", "bias", "came"),
     [
-        (np.ones((2, 3)), None, "weight (2, 3)."),
         (np.ones(3), np.zeros(4), "weight (3,), bias (4,)."),
-        (None, np.zeros((3, 1)), "bias (3, 1)."),
+        (np.ones((2, 3)), np.zeros(3), "weight (2, 3), bias (3,)."),
         (np.ones(0), None, "weight (0,)."),
         (np.array(1.0), None, "weight ()."),
     ],
@@ -269,7 +268,7 @@ def test_an_input_that_is_not_of_floats_is_refused(dtype):
 
 
 def test_lists_are_refused():
-    with pytest.raises(TypeError, match=r"weight must be an array of shape .*; a list came.*\.init"):
+    with pytest.raises(TypeError, match=r"weight must be an array of shape .*; a list came.*numpy\.asarray"):
         LayerNorm([1.0, 2.0])
     with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
         LayerNorm(np.ones(2)).forward([[1.0, 2.0]])

@@ -236,7 +236,6 @@ def test_a_bad_eps_is_refused(eps):
 @pytest.mark.parametrize(
     ("weight", "bias", "came"),
     [
-        (np.ones((2, 3)), None, "weight (2, 3)."),
         (np.ones(3), np.zeros(4), "weight (3,), bias (4,)."),
         (np.ones(0), None, "weight (0,)."),
     ],
@@ -266,7 +265,7 @@ def test_a_gradient_that_is_not_of_floats_is_refused():
 
 
 def test_lists_are_refused():
-    with pytest.raises(TypeError, match=r"weight must be an array of shape .*; a list came.*\.init"):
+    with pytest.raises(TypeError, match=r"weight must be an array of shape .*; a list came.*numpy\.asarray"):
         RMSNorm([1.0, 2.0])
     with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
         RMSNorm(np.ones(2)).forward([[1.0, 2.0]])

@@ -1,0 +1,129 @@
+"""The checks of what enters a norm: one clear error, the same on every rank, before anything is computed."""
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+from npnorm.arrays import Array, describe, dtype_name
+from npnorm.group import Group, everywhere
+from npnorm.layer import check_module
+
+SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
+    "(features,)": lambda shape: len(shape) > 0,  # or several axes
+    "(features,), one axis": lambda shape: len(shape) == 1,
+    "(channels,)": lambda shape: len(shape) == 1,
+    "() or (1,)": lambda shape: shape in ((), (1,)),
+    "(outputs,) or (outputs, 1, ...)": lambda shape: len(shape) > 0 and set(shape[1:]) <= {1},
+}
+"""What the shape of a parameter may be, as messages say it."""
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a finite real number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: Any) -> bool:
+    """Return whether `value` is an integer, 1 or more."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def check_settings(layer: str, params: dict[str, Array], eps: float, group: Group, shape: str = "(features,)") -> None:
+    """Raise unless eps is finite and not negative, and the parameters are floats of one shape.
+
+    Parameters
+    ----------
+    shape : str
+        What the shape of each parameter should be: a key of `SHAPES`.
+    """
+    with everywhere(group):
+        for name, array in params.items():
+            if not hasattr(array, "shape"):
+                raise TypeError(
+                    f"{layer}: {name} must be an array of shape {shape}; a {type(array).__name__} came. "
+                    f"Turn it into an array first, for example by numpy.asarray."
+                )
+        group.agree(f"{layer} with eps={eps} and " + ", ".join(f"{n} {describe(a)}" for n, a in params.items()))
+        if not is_number(eps) or eps < 0:
+            raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")
+        for name, array in params.items():
+            check_float(layer, name, array)
+            check_module(layer, array, params)
+        shapes = {tuple(array.shape) for array in params.values()}
+        if len(shapes) > 1 or any(0 in s or not SHAPES[shape](s) for s in shapes):
+            came = ", ".join(f"{name} {tuple(array.shape)}" for name, array in params.items())
+            raise ValueError(f"{layer}: each parameter must have shape {shape}, the same for all; there came {came}.")
+
+
+def count_axes(layer: str, params: dict[str, Array], axes: int | None, group: Group) -> int:
+    """Return how many trailing axes are the features: those of the parameters; without parameters `axes`, or 1."""
+    held = next((a.ndim for a in params.values()), None)
+    with everywhere(group):
+        if axes is not None and not is_count(axes):
+            raise ValueError(f"{layer}: axes is {axes!r}. It is how many trailing axes are the features: 1 or more.")
+        if None not in (axes, held) and axes != held:
+            raise ValueError(f"{layer}: axes is {axes}, and the parameters have {held}. Leave axes out.")
+    return held or axes or 1
+
+
+def check_float(layer: str, name: str, x: Array) -> None:
+    """Raise unless `x` holds floats; complex128 is let through for the complex step, formulas being analytic."""
+    if dtype_name(x) not in (*FLOATS, "complex128"):
+        raise TypeError(
+            f"{layer} works on {', '.join(FLOATS)}; {name} is {dtype_name(x)}. "
+            f"Convert it first, for example by {name}.astype(numpy.float32)."
+        )
+
+
+def check_features(layer: str, params: dict[str, Array], axes: int, group: Group, **arrays: Array) -> None:
+    """Raise unless the arrays are floats of one shape (..., features) with the features of the parameters."""
+    expected = next((tuple(a.shape) for a in params.values()), None)
+    with everywhere(group):
+        for name, x in arrays.items():
+            check_module(layer, x, params)
+            check_float(layer, name, x)
+            came = tuple(x.shape[max(x.ndim - axes, 0) :])
+            if x.ndim < axes or 0 in came or (expected and came != expected):
+                if expected is None:
+                    held, last = "needs at least one feature", "must not be empty"
+                elif len(expected) == 1:
+                    held, last = f"holds {expected[0]} features", f"must be {expected[0]}"
+                else:
+                    held, last = f"holds features of shape {expected}", f"must be {expected}"
+                plural = "axis" if axes == 1 else f"{axes} axes"
+                raise ValueError(f"{layer} {held}; {name} has shape {tuple(x.shape)}. The last {plural} {last}.")
+        check_same_shape(layer, arrays)
+
+
+def check_channels(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
+    """Raise unless the arrays are floats of one shape (N, C, ...) with the channels C of the parameters."""
+    expected = next((a.shape[0] for a in params.values()), None)
+    with everywhere(group):
+        for name, x in arrays.items():
+            check_module(layer, x, params)
+            check_float(layer, name, x)
+            if x.ndim < 2 or 0 in x.shape[1:] or (expected and x.shape[1] != expected):
+                held = f"holds {expected} channels" if expected else "needs at least one channel"
+                axis = f"must be {expected}" if expected else "is the channels"
+                raise ValueError(
+                    f"{layer} {held}; {name} has shape {tuple(x.shape)}. "
+                    f"It takes (N, C, ...) with nothing empty but N; axis 1 {axis}."
+                )
+        check_same_shape(layer, arrays)
+
+
+def check_same_shape(layer: str, arrays: dict[str, Array]) -> None:
+    """Raise unless all arrays have the shape of the last: of the x that was saved, where there is a dy."""
+    *others, reference = arrays
+    for name in others:
+        if tuple(arrays[name].shape) != tuple(arrays[reference].shape):
+            came = f"{layer}: {name} has shape {tuple(arrays[name].shape)}, and"
+            if name == "dy":
+                raise ValueError(
+                    f"{came} the {reference} that was saved {tuple(arrays[reference].shape)}. "
+                    "Hand backward the gradient of the y that came with this saved."
+                )
+            raise ValueError(f"{came} {reference} {tuple(arrays[reference].shape)}. Both must have the same shape.")

@@ -1,0 +1,174 @@
+"""Partial root mean square normalization, pRMSNorm.
+
+Biao Zhang and Rico Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019, arXiv:1910.07467, section 5: the
+root mean square of the first k = ceil(n p) features divides all n of them (their code has floor in place of ceil).
+
+Forward, for each row x of n features, with the sum over k of them, the subset:
+
+    rstd = 1 / sqrt(sum over subset of x^2 / k + eps)
+    z    = x rstd
+    y    = z w + b
+
+Backward, given dy:
+
+    dz = dy w
+    dx = rstd (dz - [in subset] z sum(dz z) / k)
+    dw = sum over rows of dy z
+    db = sum over rows of dy
+
+All features move with rstd, hence sum(dz z) over all n; but only the subset moves rstd. Split over the ranks of a
+group, each rank sums what it holds of the subset: one all-reduce forward and one backward, as for RMSNorm.
+"""
+
+import math
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npnorm.arrays import Array, from_numpy, sqrt
+from npnorm.axes import Features
+from npnorm.blocked import Rows
+from npnorm.group import SOLO, Group, Solo, everywhere
+from npnorm.layer import check_saved
+from npnorm.norms.checks import check_features, check_settings, is_number
+from npnorm.norms.statistics import affine, refine
+
+
+class Saved(NamedTuple):
+    """What backward needs of forward."""
+
+    x: Array
+    subset: Array | None  # (features,): 1 in the subset and 0 elsewhere, of this rank's features; None if all are in
+    rstd: Array  # one number for each row, of the scaled rows
+    scale: Array | None  # the exponent of two a row was divided by, where its squares leave the range
+
+
+class PartialRMSNorm:
+    """Divide each row by the root mean square of a part of it.
+
+    Parameters
+    ----------
+    weight : array of shape (features,), or None
+        The gain w; None leaves it out. On a group, this rank's shard.
+    bias : array of shape (features,), or None
+        The shift b; None leaves it out.
+    p : float
+        The part: k = ceil(n p) features; 6.25 % is the paper's. p = 1 is RMSNorm, bit for bit.
+    eps : float
+        Added to the mean square; in units of x squared.
+    group : Group
+        The ranks over which the features are split equally. Communicated: one sum of a number for each row forward,
+        one backward.
+    compute : "float64", "float32" or None
+        The working precision; None is float64.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On every rank alike, if p is not above 0 and at most 1, the parameters are not floats of one shape (features,),
+        or eps is not finite and >= 0.
+
+    Examples
+    --------
+    >>> norm = PartialRMSNorm(p=0.5, eps=0)
+    >>> y, saved = norm.forward(np.array([[1.0, 7.0, 10.0, -5.0]]))  # root mean square of the first half: 5
+    >>> y
+    array([[ 0.2,  1.4,  2. , -1. ]])
+    """
+
+    def __init__(
+        self,
+        weight: Array | None = None,
+        bias: Array | None = None,
+        p: float = 0.0625,
+        eps: float = 1e-6,
+        *,
+        group: Group = SOLO,
+        compute: str | None = None,
+    ) -> None:
+        self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
+        check_settings("PartialRMSNorm", self.params, eps, group, "(features,), one axis")
+        self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
+        with everywhere(group):
+            group.agree(f"PartialRMSNorm with p={p}")
+            if not is_number(p) or not 0 < p <= 1:
+                raise ValueError(
+                    f"PartialRMSNorm: p is {p!r}. It must be above 0 and at most 1: k = ceil(n p) must be 1 or more."
+                )
+        self.p = Fraction(str(p))  # as it was written: 100 * 0.07 is above 7
+        self.axes = Features("PartialRMSNorm", group)
+        self.rows = Rows(self.axes, eps, compute)
+
+    @classmethod
+    def init(cls, features: int, dtype: str = "float32", **settings: Any) -> "PartialRMSNorm":
+        """Return the norm with a weight of ones and no bias."""
+        return cls(np.ones(features, dtype), **settings)
+
+    def forward(self, x: Array, rng: np.random.Generator | None = None) -> tuple[Array, Saved]:
+        """Return y, of the shape and dtype of x: (..., features), and what backward needs.
+
+        Parameters
+        ----------
+        x : array of shape (..., features)
+        rng : numpy.random.Generator or None
+            Draws the subset anew, without replacement, the same for all rows; None: the first k features. On a group,
+            the same generator in the same state on every rank.
+        """
+        check_features("PartialRMSNorm", self.params, 1, self.axes.group, x=x)
+        axes, n = self.axes, x.shape[-1] * self.axes.group.size
+        k = self.k(n)
+        subset = None if k == n else from_numpy(self._subset(n, k, rng), x)
+
+        def formula(x: Array, w: Array, b: Array, eps: Array) -> tuple[Array, tuple[Array]]:
+            square = axes.sum(x * x if subset is None else x * x * subset)
+            rstd = 1 / sqrt(square / k + eps)
+            z = x * rstd
+            y = affine(z, w, b)
+            return y, (rstd,)
+
+        y, (rstd,), scale = self.rows.forward(formula, x, self.params)
+        return y, Saved(x, subset, rstd, scale)
+
+    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
+        """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
+        check_saved("PartialRMSNorm", saved, Saved)
+        check_features("PartialRMSNorm", self.params, 1, self.axes.group, dy=dy, x=saved.x)
+        axes, subset = self.axes, saved.subset
+        k = self.k(saved.x.shape[-1] * axes.group.size)
+
+        def formula(dy: Array, x: Array, w: Array, rstd: Array, eps: Array) -> tuple[Array, dict[str, Array]]:
+            z = x * rstd
+            dz = affine(dy, w)
+            if subset is None:
+                d = refine(axes, dz - z * axes.mean(dz * z), dz, z, eps * rstd * rstd, centre=False)
+            else:
+                d = dz - subset * z * (axes.sum(dz * z) / k)
+            dx = rstd * d
+            return dx, {"weight": dy * z, "bias": dy}  # to be summed over the rows
+
+        return self.rows.backward(formula, dy, saved.x, self.params, (saved.rstd,), saved.scale)
+
+    def k(self, n: int) -> int:
+        """Return how many of n features are measured: ceil(n p).
+
+        Examples
+        --------
+        >>> PartialRMSNorm(p=0.0625).k(300), PartialRMSNorm(p=0.07).k(100)
+        (19, 7)
+        """
+        return math.ceil(n * self.p)
+
+    def _subset(self, n: int, k: int, rng: np.random.Generator | None) -> np.ndarray:
+        """Return 1 for this rank's features in the subset, 0 for the others."""
+        if rng is not None and not isinstance(rng, np.random.Generator):
+            raise TypeError(
+                f"PartialRMSNorm: rng is a {type(rng).__name__}. Pass a generator: numpy.random.default_rng(seed)."
+            )
+        chosen = range(k) if rng is None else sorted(rng.choice(n, k, replace=False))
+        group = self.axes.group
+        if rng is not None:
+            group.agree(f"PartialRMSNorm with the subset {chosen}")
+        whole = np.zeros(n)
+        whole[list(chosen)] = 1
+        return group.shard(whole, 0)

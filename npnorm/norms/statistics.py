@@ -1,0 +1,182 @@
+"""The mean and variance of rows, and what cancellation takes from a gradient: the care that every centred norm needs.
+
+Three ways to the mean and variance of rows that are split over the ranks of a group, by name:
+
+    two-pass    mean(x), then mean((x - mean(x))^2)            two sums: the textbook
+    packed      mean(x) and mean(x^2) together                 one sum; an error where the mean is too large
+    gathered    each rank's count, mean and centred square,    one gather; as exact as one rank alone
+                merged in the order of the ranks
+
+Alone all three are the same: the mean is subtracted twice, since the first mean is rounded, and what it left is the
+mean of the rest.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from npnorm.arrays import Array, array_module, dtype_name
+from npnorm.axes import Axes
+from npnorm.group import Solo
+
+
+class Centred(NamedTuple):
+    """Rows without their mean."""
+
+    c: Array  # x - mean(x) = x - mean - rest
+    mean: Array
+    rest: Array  # what rounding had left of the mean
+    var: Array  # mean(c^2)
+    n: Array | int  # the elements of a row, over all ranks
+
+
+def centred(x: Array, mean: Array, rest: Array) -> Array:
+    """Return x - mean(x) from the two parts of the mean."""
+    c = x - mean
+    c -= rest
+    return c
+
+
+def alone(axes: Axes, x: Array, eps: Array = 0) -> Centred:
+    """Return the statistics of rows that this rank holds in whole; no message. An empty row has the mean 0."""
+    n = axes.held(x)
+    at_least_one = max(n, 1)
+    mean = axes.held_sum(x) / at_least_one
+    c = x - mean
+    rest = axes.held_sum(c) / at_least_one
+    c -= rest
+    return Centred(c, mean, rest, axes.held_sum(c * c) / at_least_one, n)
+
+
+def two_pass(axes: Axes, x: Array, eps: Array) -> Centred:
+    """Return the statistics by two sums over the ranks; what rounding left of the mean travels with the squares."""
+    mean = axes.mean(x)
+    c = x - mean
+    rest, square = axes.mean(c, c * c)
+    c -= rest
+    return Centred(c, mean, rest, square - rest * rest, axes.n(x))
+
+
+def packed(axes: Axes, x: Array, eps: Array) -> Centred:
+    """Return the statistics by one sum over the ranks, of x and x^2: var = mean(x^2) - mean(x)^2.
+
+    Where the mean is 10^d times the spread, 2 d of the 16 digits cancel: at a mean of 10^8 nothing is left.
+
+    Raises
+    ------
+    ValueError
+        On every rank, where more than half of the digits of var + eps cancel in some row: the result would be noise.
+    """
+    mean, square = axes.mean(x, x * x)
+    half = 2.0**-12 if dtype_name(x) == "float32" else 2.0**-26
+    if bool(array_module(x).any(abs(square - mean * mean + eps) < abs(square) * half)):
+        raise ValueError(
+            f"{axes.layer}: in some row the mean is so far beyond the spread that mean(x^2) - mean(x)^2 loses more "
+            "than half of its digits. Take statistics='gathered', which is one message, too, and loses none."
+        )
+    return Centred(x - mean, mean, mean - mean, square - mean * mean, axes.n(x))
+
+
+def gathered(axes: Axes, x: Array, eps: Array) -> Centred:
+    """Return the statistics by one gather over the ranks, merged in their order."""
+    mine = alone(axes, x)
+    n = mine.mean * 0 + mine.n
+    parts = axes.group.gather(
+        array_module(x).stack([n, mine.mean, mine.rest, mine.var * mine.n])[None, ...], axis=0, what=axes.layer
+    )
+    n, mean, rest, squares = merge(parts)
+    return Centred(centred(x, mean, rest), mean, rest, squares / n, n)
+
+
+def merge(parts: Array) -> tuple[Array, Array, Array, Array]:
+    """Merge counts, means and sums of centred squares of parts, in their order.
+
+    Tony F. Chan, Gene H. Golub and Randall J. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances", Stanford STAN-CS-79-773, 1979: with delta = mean_b - mean_a and n = n_a + n_b,
+
+        mean = mean_a + delta n_b / n
+        m2   = m2_a + m2_b + delta^2 n_a n_b / n
+
+    Means are kept as distances from the first one, so that rows far from zero lose nothing. Empty parts do not count.
+
+    Parameters
+    ----------
+    parts : array of shape (parts, 4, ...)
+        Of each part: n, the mean in two summands, m2.
+
+    Returns
+    -------
+    n, mean, rest, m2 : arrays of shape (...)
+        The mean of all is mean + rest.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> parts = np.array([[[2.0], [5.0], [0.0], [2.0]], [[2.0], [9.0], [0.0], [2.0]]])
+    >>> merge(parts)  # of (4, 6) and (8, 10): mean 5 + 2, centred squares 9 + 1 + 1 + 9
+    (array([4.]), array([5.]), array([2.]), array([20.]))
+    """
+    xp = array_module(parts)
+    n, mean, rest, m2 = (parts[0, i, ...] for i in range(4))
+    for part in range(1, parts.shape[0]):
+        n_b, mean_b, rest_b, m2_b = (parts[part, i, ...] for i in range(4))
+        mean = xp.where(abs(n) > 0, mean, mean_b)  # of the first part that is not empty
+        delta = (mean_b - mean) + rest_b - rest
+        n_a, n = n, n + n_b
+        share = n_b / xp.where(abs(n) > 0, n, xp.ones_like(n))
+        rest = rest + delta * share
+        m2 = m2 + m2_b + delta * delta * n_a * share
+    return n, mean, rest, m2
+
+
+Form = Callable[[Axes, Array, Array], Centred]
+FORMS: dict[str, Form] = {"two-pass": two_pass, "packed": packed, "gathered": gathered}
+
+
+def centre(axes: Axes, x: Array, form: str, eps: Array) -> Centred:
+    """Return x minus its mean, and the statistics, by the named form where the rows are split over a group."""
+    return (alone if isinstance(axes.group, Solo) else FORMS[form])(axes, x, eps)
+
+
+def refine(axes: Axes, d: Array, dz: Array, z: Array, eps_share: Array, centre: bool = True) -> Array:
+    """Return d = dz - mean(dz) - z mean(dz z), where little is left of dz with the digits that cancelled.
+
+    Of dz = alpha z + p, with p at right angles to z (and to 1), d keeps p and alpha z (1 - mean(z^2)); and
+    1 - mean(z^2) = eps / (var + eps) is known without a subtraction. This matters for rows of one or two elements, and
+    where dz is nearly z. Rows that are split over a group stay as they are: it would be two more messages.
+
+    Parameters
+    ----------
+    d : array
+        As the formula has it.
+    eps_share : array
+        eps rstd^2, of each row.
+    centre : bool
+        Whether the norm subtracts the mean.
+    """
+    if not isinstance(axes.group, Solo):
+        return d
+    xp = array_module(d)
+    lost = axes.held_square(d) < axes.held_square(dz) / 256
+    if not bool(xp.any(lost)):
+        return d
+    n = max(axes.held(z), 1)
+    square = axes.held_sum(z * z) / n
+    along = xp.where(abs(square) > 0.5, 1 / square, 0 * square)  # a shorter z takes little of dz away
+    if centre:
+        dz = alone(axes, dz).c
+    p, alpha = dz, 0 * square
+    for _ in range(2):  # the second time takes what rounding left
+        step = along * (axes.held_sum(p * z) / n)
+        p = p - z * step
+        alpha = alpha + step
+        if centre:
+            p = alone(axes, p).c
+    by_parts = p + z * (alpha * eps_share)
+    directly = dz - z * (axes.held_sum(dz * z) / n)
+    return xp.where(lost, xp.where(abs(along) > 0, by_parts, directly), d)
+
+
+def affine(z: Array, w: Array | None, b: Array | None = None) -> Array:
+    """Return z w + b; what the norm does not have is left out."""
+    y = z if w is None else z * w
+    return y if b is None else y + b

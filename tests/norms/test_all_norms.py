@@ -1,0 +1,116 @@
+import array_api_strict
+import numpy as np
+import pytest
+
+from npnorm import norms
+from npnorm.arrays import dtype_name, to_numpy
+from npnorm.layer import leaves, map_tree
+from tests.check import BFLOAT16, check_backward, check_finite_differences, close, same_bits
+from tests.norms.catalogue import CATALOGUE
+
+EACH = pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+
+LAYOUTS = {
+    "column by column": lambda x: np.asfortranarray(x),
+    "every second of a larger array": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
+    "last feature first in memory": lambda x: x[..., ::-1].copy()[..., ::-1],
+    "big-endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+    "not aligned": lambda x: np.ndarray(x.shape, x.dtype, bytearray(b"\0" + x.tobytes()), offset=1),
+}
+
+
+def run(layer, x, dy):
+    """Return everything that comes out, as a tree."""
+    y, saved = layer.forward(x)
+    dx, grads = layer.backward(dy, saved)
+    return {"y": y, "dx": dx, "grads": grads}
+
+
+def problem(entry, rng, dtype="float64"):
+    params, x = entry.draw(rng, dtype)
+    shape = entry.make(params).forward(x)[0].shape
+    return params, x, rng.standard_normal(shape).astype(dtype)
+
+
+def test_the_catalogue_has_every_norm():
+    used = {word for entry in CATALOGUE for word in entry.name.replace(",", " ").split()}
+    assert {name for name in norms.__all__ if name[0].isupper()} <= used
+
+
+@EACH
+def test_backward_is_the_derivative(entry):
+    rng = np.random.default_rng(1)
+    params, x = entry.draw(rng)
+    check_backward(entry.make, params, x, rng)
+
+
+@EACH
+def test_backward_agrees_with_finite_differences(entry):
+    rng = np.random.default_rng(2)
+    small = entry._replace(x=tuple(min(n, 3) if i == 0 else n for i, n in enumerate(entry.x)))
+    params, x = (small if not {"gate", "residual", "scale", "k"} & set(entry.params) else entry).draw(rng)
+    if "weight_g" in params:
+        params["weight_g"] = params["weight_g"][:3]
+    check_finite_differences(entry.make, params, x, rng, 1e-8)
+
+
+@EACH
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_any_memory_layout_gives_the_same_bits(entry, layout, dtype):
+    params, x, dy = problem(entry, np.random.default_rng(3), dtype)
+    expected = run(entry.make(params), x, dy)
+    change = LAYOUTS[layout]
+    came = run(entry.make(map_tree(lambda a: change(a) if a.ndim else a, params)), change(x), change(dy))
+    for (name, a), (_, b) in zip(leaves(came), leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@EACH
+def test_inputs_that_may_not_be_written_to_are_fine(entry):
+    params, x, dy = problem(entry, np.random.default_rng(4))
+    expected = run(entry.make(params), x, dy)
+    for _, a in leaves({"params": params, "x": x, "dy": dy}):
+        a.flags.writeable = False
+    same_bits(run(entry.make(params), x, dy), expected)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", ["float32", "float16", BFLOAT16], ids=str)
+def test_narrow_floats_keep_their_dtype_and_are_near_float64(entry, dtype):
+    params, x, dy = problem(entry, np.random.default_rng(5), dtype)
+    came = run(entry.make(params), x, dy)
+    wide = map_tree(lambda a: a.astype("float64"), {"params": params, "x": x, "dy": dy})
+    expected = run(entry.make(wide["params"]), wide["x"], wide["dy"])
+    eps = {"float32": 2.0**-23, "float16": 2.0**-10}.get(str(dtype), 2.0**-7)
+    for (name, a), (_, b) in zip(leaves(came), leaves(expected), strict=True):
+        assert a.dtype == np.dtype(dtype), name
+        close(a.astype("float64"), b, eps)
+
+
+@EACH
+def test_another_module_gives_the_same(entry):
+    device = array_api_strict.Device("device1")
+
+    def put(a):
+        return array_api_strict.asarray(np.ascontiguousarray(a).reshape(np.shape(a)), device=device)
+
+    params, x, dy = problem(entry, np.random.default_rng(6))
+    here = run(entry.make(params), x, dy)
+    there = run(entry.make(map_tree(put, params)), put(x), put(dy))
+    for (name, a), (_, b) in zip(leaves(there), leaves(here), strict=True):
+        assert a.device == device, name
+        assert dtype_name(a) == "float64", name
+        close(to_numpy(a), b)
+
+
+@EACH
+@pytest.mark.parametrize("block", [1, 1 << 8, 1 << 30])
+def test_blocks_of_any_size_give_the_same(entry, block, monkeypatch):
+    params, x, dy = problem(entry, np.random.default_rng(7))
+    expected = run(entry.make(params), x, dy)
+    monkeypatch.setattr("npnorm.blocked.BLOCK", block)
+    came = run(entry.make(params), x, dy)
+    same_bits({"y": came["y"], "dx": came["dx"]}, {"y": expected["y"], "dx": expected["dx"]})
+    for (_, a), (_, b) in zip(leaves(came["grads"]), leaves(expected["grads"]), strict=True):
+        close(a, b, 1e-14)
