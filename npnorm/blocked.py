@@ -83,34 +83,25 @@ class Rows:
             The exponent of two for each row: it was divided by 2^scale. None if no row needed it.
         """
         xp, work = array_module(x), self._work(x, *others, *params.values())
-        wide = self._wide(x)
         rows = [self.axes.rows(a) for a in (x, *others)]
-        out, statistics, scale = xp.empty_like(rows[0]), [], None
-
-        def evaluate(s: slice, k: Array | None) -> tuple[Array, tuple[Array, ...]]:
-            first, *rest = (contiguous(a[s, ...], work) for a in rows)
-            eps = self.eps if k is None else _divide(_divide(xp.full_like(k, self.eps), k), k)
-            w_b = self._params(params, s, work)
-            return formula(_divide(first, k), *rest, *w_b, *(a[s, ...] for a in constants), eps)
-
+        out, statistics, scales = xp.empty_like(rows[0]), [], []
         with _evaluation(_width(rows[0])):
             for s in self._blocks(rows[0]):
+                first, *rest = (contiguous(a[s, ...], work) for a in rows)
+                given = *rest, *self._params(params, s, work), *(a[s, ...] for a in constants)
+                y, statistic = formula(first, *given, self.eps)
                 k = None
-                y, statistic = evaluate(s, k)
-                if wide and statistic:
-                    k = self._scale(contiguous(rows[0][s, ...], work), statistic[-1])
-                if k is not None:
-                    y, statistic = evaluate(s, k)
-                    constant = ~(abs(statistic[-1]) < math.inf) & (self.eps > 0)  # eps / 4^k has vanished beside zeros
-                    if bool(xp.any(constant)):
-                        k = xp.where(constant, xp.full_like(k, LEAST), k)
-                        y, statistic = evaluate(s, k)
-                    if scale is None:
-                        scale = xp.zeros_like(_cast(rows[0][(slice(None), *(slice(1) for _ in k.shape[1:]))], k.dtype))
-                    scale[s, ...] = k
+                for rule in (self._out_of_range, self._constant) if statistic and self._wide(x) else ():
+                    found = rule(first, statistic[-1], k)
+                    if found is None:
+                        break
+                    k = found
+                    y, statistic = formula(_divide(first, k), *given, self._scaled_eps(k))
                 out[s, ...] = round_to(y, x.dtype)
                 statistics.append(statistic)
-        return self.axes.restore(out, x), tuple(xp.concat(a) for a in zip(*statistics, strict=True)), scale
+                scales.append(k)
+            joined = tuple(xp.concat(a) for a in zip(*statistics, strict=True))
+            return self.axes.restore(out, x), joined, _join(scales, statistics)
 
     def backward(
         self,
@@ -133,7 +124,6 @@ class Rows:
             For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
         """
         xp, work = array_module(x), self._work(dy, *params.values())
-        wide = self._wide(dy)
         rows_dy, *rows = (self.axes.rows(a) for a in (dy, x, *others))
         outs = [xp.empty_like(a) for a in rows]
         sums: dict[str, list[Array]] = {name: [] for name in params}
@@ -141,13 +131,11 @@ class Rows:
             for s in self._blocks(rows[0]):
                 k = None if scale is None else scale[s, ...]
                 block = contiguous(rows_dy[s, ...], work)
-                q = self._scale_dy(block) if wide else None
+                q = self._dy_out_of_range(block) if self._wide(dy) else None
                 first, *rest = (contiguous(a[s, ...], work) for a in rows)
                 w, _, *more = self._params(params, s, work)
-                eps = self.eps if k is None else _divide(_divide(xp.full_like(k, self.eps), k), k)
-                d, by_row = formula(
-                    _divide(block, q), _divide(first, k), *rest, w, *more, *(a[s, ...] for a in statistics), eps
-                )
+                given = *rest, w, *more, *(a[s, ...] for a in statistics), self._scaled_eps(k)
+                d, by_row = formula(_divide(block, q), _divide(first, k), *given)
                 dx, *others_d = d if others else (d,)
                 dx = _divide(dx, k if q is None else -q if k is None else k - q)
                 for out, a in zip(outs, (dx, *(_multiply(a, q) for a in others_d)), strict=True):
@@ -189,36 +177,31 @@ class Rows:
         for start in range(0, max(1, count), step):  # without rows, one empty block
             yield slice(start, min(start + step, count))
 
-    def _scale(self, x: Array, rstd: Array) -> Array | None:
+    def _scaled_eps(self, k: Array | None) -> Any:
+        return self.eps if k is None else _divide(_divide(array_module(k).full_like(k, self.eps), k), k)
+
+    def _out_of_range(self, x: Array, rstd: Array, _: None) -> Array | None:
         """Return the exponent for each row, or None if all are in range: the same on every rank, as rstd is."""
-        xp = array_module(x)
-        safe = SAFE[self.compute]
+        xp, safe = array_module(x), SAFE[self.compute]
         size = abs(rstd)
         beside_eps = size * size * self.eps > 1 - 2.0 ** -(safe // 10)  # x is small beside eps, maybe subnormal
-        out = ~((size > 2.0**-safe) & (size < 2.0**safe)) | beside_eps  # a NaN is out
-        if not bool(xp.any(out)):
+        if not bool(xp.any(_outside(size, safe) | beside_eps)):
             return None
-        largest = self.axes.largest(x)
-        usable = out & (largest > 0) & (largest < math.inf) & ~((largest > 2.0**-safe) & (largest < 2.0**safe))
-        if not bool(xp.any(usable)):
-            return None
-        k = xp.floor(xp.log2(xp.where(usable, largest, xp.ones_like(largest))))
-        if self.eps > 0:  # eps / 4^k should not overflow
+        k = _exponents(self.axes.largest(x), safe)
+        if k is not None and self.eps > 0:  # eps / 4^k should not overflow
             least = math.floor(math.log2(self.eps) / 2) - safe
-            k = xp.where(k < least, xp.full_like(k, float(least)), k)
-        return xp.where(usable, k, xp.zeros_like(k))
+            k = xp.where((k != 0) & (k < least), xp.full_like(k, float(least)), k)
+        return k
 
-    def _scale_dy(self, dy: Array) -> Array | None:
-        """Return the exponent for each row of dy, or None if all are in range."""
-        if not isinstance(self.axes.group, Solo):
-            return None  # would be a message in each backward
-        xp = array_module(dy)
-        safe = SAFE[self.compute]
-        largest = self.axes.largest(dy)
-        usable = ((largest > 2.0**safe) | (largest < 2.0**-safe)) & (largest > 0) & (largest < math.inf)
-        if not bool(xp.any(usable)):
-            return None
-        return xp.floor(xp.log2(xp.where(usable, largest, xp.ones_like(largest))))
+    def _constant(self, x: Array, rstd: Array, k: Array) -> Array | None:
+        """Return other exponents where rstd is infinite: of a constant row 0 is left, and eps / 4^k has vanished."""
+        xp = array_module(x)
+        constant = (abs(rstd) == math.inf) & (self.eps > 0)
+        return xp.where(constant, xp.full_like(k, LEAST), k) if bool(xp.any(constant)) else None
+
+    def _dy_out_of_range(self, dy: Array) -> Array | None:
+        """Return the exponent for each row of dy, or None; on a group None: it would be a message each time."""
+        return _exponents(self.axes.largest(dy), SAFE[self.compute]) if isinstance(self.axes.group, Solo) else None
 
 
 @contextmanager
@@ -252,3 +235,28 @@ def _divide(x: Array, k: Array | None) -> Array:
 
 def _multiply(x: Array, k: Array | None) -> Array:
     return x if k is None else _divide(x, -k)
+
+
+def _outside(size: Array, safe: int) -> Array:
+    """Return where `size` is not between 2^-safe and 2^safe; a NaN is outside."""
+    return ~((size > 2.0**-safe) & (size < 2.0**safe))
+
+
+def _exponents(largest: Array, safe: int) -> Array | None:
+    """Return the exponent of two for each row whose largest element is outside the safe range, 0 for the others.
+
+    None if there are only others; zeros, infinities and NaNs are among them.
+    """
+    xp = array_module(largest)
+    usable = _outside(largest, safe) & (largest > 0) & (largest < math.inf)
+    if not bool(xp.any(usable)):
+        return None
+    return xp.floor(xp.log2(xp.where(usable, largest, xp.ones_like(largest))))
+
+
+def _join(scales: list[Array | None], statistics: list[tuple[Array, ...]]) -> Array | None:
+    """Return the blocks' exponents as one array, 0 where a block needed none; None if none did."""
+    if all(k is None for k in scales):
+        return None
+    xp = array_module(statistics[0][-1])
+    return xp.concat([xp.zeros_like(abs(st[-1])) if k is None else k for k, st in zip(scales, statistics, strict=True)])

@@ -12,7 +12,7 @@ Forward in training, for each channel, a row x of n elements: the batch and all 
 Backward, given dy:
 
     db = sum(dy)
-    dw = sum(dy z)
+    dw = sum(dy c) rstd
     dx = w rstd (dy - db / n - z dw / n)
 
 In inference the mean and variance are the running ones, constants:
@@ -207,8 +207,10 @@ class BatchNorm:
         def formula(
             dy: Array, x: Array, w: Array, mean: Array, rest: Array, n: Array, rstd: Array, eps: Array
         ) -> tuple[Array, dict[str, Array]]:
-            z = centred(x, mean, rest) * rstd
-            db, dw = axes.sum(dy, dy * z)
+            c = centred(x, mean, rest)
+            z = c * rstd
+            db, dw = axes.sum(dy, dy * c)
+            dw *= rstd
             d = dy - db / n - z * (dw / n)
             dx = affine(rstd * refine(axes, d, dy, z, eps * rstd * rstd), w)
             return dx, {"weight": dw, "bias": db}
