@@ -14,7 +14,7 @@ mean of the rest.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from npnorm.arrays import Array, array_module, dtype_name
+from npnorm.arrays import Array, array_module, dtype_name, sqrt
 from npnorm.axes import Axes
 from npnorm.group import Solo
 
@@ -40,11 +40,19 @@ def alone(axes: Axes, x: Array, eps: Array = 0) -> Centred:
     """Return the statistics of rows that this rank holds in whole; no message. An empty row has the mean 0."""
     n = axes.held(x)
     at_least_one = max(n, 1)
-    mean = axes.held_sum(x) / at_least_one
-    c = x - mean
-    rest = axes.held_sum(c) / at_least_one
-    c -= rest
-    return Centred(c, mean, rest, axes.held_sum(c * c) / at_least_one, n)
+
+    def around(mean: Array) -> Centred:
+        c = x - mean
+        rest = axes.held_sum(c) / at_least_one
+        c -= rest
+        return Centred(c, mean, rest, axes.held_sum(c * c) / at_least_one, n)
+
+    xp, mean = array_module(x), axes.held_sum(x) / at_least_one
+    found = around(mean)
+    near_constant = abs(found.rest) > 2.0**-10 * sqrt(abs(found.var))  # the mean is off by more than the row spreads
+    if bool(xp.any(near_constant)):
+        found = around(mean + xp.where(near_constant, found.rest, 0 * found.rest))
+    return found
 
 
 def two_pass(axes: Axes, x: Array, eps: Array) -> Centred:
@@ -156,7 +164,7 @@ def refine(axes: Axes, d: Array, dz: Array, z: Array, eps_share: Array, centre: 
     if not isinstance(axes.group, Solo):
         return d
     xp = array_module(d)
-    lost = axes.held_square(d) < axes.held_square(dz) / 256
+    lost = axes.held_square(d) < axes.held_square(dz) / 16
     if not bool(xp.any(lost)):
         return d
     n = max(axes.held(z), 1)

@@ -1,0 +1,6 @@
+"""The experiments. Each is a module with a command, and writes a page of the documentation.
+
+    python -m npnorm.studies.accuracy --write docs/accuracy.md    npnorm and other libraries beside exact arithmetic
+
+Nothing in the rest of the package imports a study, and what a study needs beside NumPy is imported when it runs.
+"""
