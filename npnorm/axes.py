@@ -47,6 +47,10 @@ class Axes:
         """Return a parameter so that it meets these rows."""
         raise NotImplementedError
 
+    def within(self, d: Array) -> Array:
+        """Sum the elements of a row that share a parameter; here each has its own."""
+        return d
+
     def over_rows(self, d: Array) -> Array:
         """Sum a block of rows as far as the parameter does not vary."""
         raise NotImplementedError
@@ -231,8 +235,12 @@ class Channels(Axes):
         start = rows.start - first * self.held_groups
         return repeated[start : start + rows.stop - rows.start, ...]
 
-    def over_rows(self, d: Array) -> Array:
+    def within(self, d: Array) -> Array:
         """Sum over the space."""
+        return array_module(d).sum(d, axis=-1, keepdims=True)
+
+    def over_rows(self, d: Array) -> Array:
+        """Sum over the space, if `within` has not, and keep the rows."""
         return array_module(d).sum(d, axis=-1)
 
     def gradient(self, blocks: list[Array], param: Array) -> Array:

@@ -51,12 +51,13 @@ def normalize_backward(
     axes: Axes, dy: Array, x: Array, w: Array, mean: Array, rest: Array, rstd: Array, eps: Array
 ) -> tuple[Array, dict[str, Array]]:
     """Evaluate the backward formula on rows; the gradients of the parameters are still to be summed."""
-    z = centred(x, mean, rest) * rstd
+    c = centred(x, mean, rest)
+    z = c * rstd
     dz = affine(dy, w)
     mean_dz, mean_dzz = axes.mean(dz, dz * z)
     d = dz - mean_dz - z * mean_dzz
     dx = rstd * refine(axes, d, dz, z, eps * rstd * rstd)
-    return dx, {"weight": dy * z, "bias": dy}
+    return dx, {"weight": axes.within(dy * c) * rstd, "bias": dy}  # dy z, and dy
 
 
 class Saved(NamedTuple):
