@@ -59,7 +59,7 @@ def contiguous(x: Array, dtype: Any = None) -> Array:
     """Return `x` in C order and aligned, so that a sum over its last axis adds in the same order for any layout."""
     xp = array_module(x)
     if xp is np:
-        return np.require(x, dtype, ["C_CONTIGUOUS", "ALIGNED"])
+        return np.require(np.asarray(x), dtype, ["C_CONTIGUOUS", "ALIGNED"])  # of a subclass the plain array
     x = x if dtype is None else xp.astype(x, dtype, copy=False)
     return xp.ascontiguousarray(x) if hasattr(xp, "ascontiguousarray") else x
 
@@ -95,12 +95,14 @@ def round_to(x: Array, dtype: Any) -> Array:
     """
     xp = array_module(x)
     if xp is np and x.dtype == np.float64 and np.dtype(dtype).name == "bfloat16":
-        single = x.astype(np.float32)
+        with np.errstate(all="ignore"):
+            single = x.astype(np.float32)
         bits = single.view(np.uint32)  # shares memory with `single`
         bits -= np.abs(single) > np.abs(x)
         bits |= single != x
         return single.astype(dtype)
-    return xp.astype(x, dtype, copy=False)
+    with np.errstate(all="ignore"):
+        return xp.astype(x, dtype, copy=False)
 
 
 def sqrt(x: Array) -> Array:

@@ -2,6 +2,7 @@
 
     Features    the trailing axes of (..., features)                      LayerNorm, RMSNorm, ...
     Samples     the same; each sample brings a weight and bias of its own AdaptiveNorm
+    Subset      the same; a part of the features is measured              PartialRMSNorm
     Groups      a group of neighbouring features                          GatedRMSNorm
     Channels    all space, and the channels of a group: (N, C, ...)       GroupNorm, InstanceNorm
     Batch       all space, and the batch: (N, C, ...)                     BatchNorm, WeightNorm
@@ -95,6 +96,10 @@ class Axes:
         n, sums = self.n(arrays[0]), self.sum(*arrays)
         return sums / n if len(arrays) == 1 else tuple(total / n for total in sums)
 
+    def any(self, flags: Array) -> bool:
+        """Return whether a flag of some row is set: the same on every rank, as the flags are."""
+        return bool(array_module(flags).any(flags))
+
     def largest(self, rows: Array) -> Array:
         """Return the largest magnitude of each row, over all ranks, of shape (rows, 1, ...)."""
         return self.group.max(self._largest(rows), what=self.layer)
@@ -140,6 +145,22 @@ class Features(Axes):
     def gradient(self, blocks: list[Array], param: Array) -> Array:
         """Return the sum over the blocks."""
         return array_module(param).reshape(blocks[0], param.shape)
+
+
+class Subset(Features):
+    """The trailing axis, of which a part is measured: where `mask`, of shape (features,), is True."""
+
+    def __init__(self, layer: str, group: Group, mask: Array) -> None:
+        super().__init__(layer, group)
+        self.mask = mask
+
+    def measured(self, rows: Array) -> Array:
+        """Return the rows with zeros for what is not measured."""
+        return array_module(rows).where(self.mask, rows, array_module(rows).zeros_like(rows))
+
+    def largest(self, rows: Array) -> Array:
+        """Return the largest magnitude of what is measured of each row, over all ranks."""
+        return super().largest(self.measured(rows))
 
 
 class Groups(Features):
@@ -196,7 +217,7 @@ class Samples(Features):
     def gradient(self, blocks: list[Array], param: Array) -> Array:
         """Sum over the rows of each sample."""
         xp = array_module(param)
-        return xp.sum(xp.reshape(xp.concat(blocks), (self.samples, self.each, -1)), axis=1)
+        return xp.sum(xp.reshape(xp.concat(blocks), (self.samples, self.each, param.shape[1])), axis=1)
 
 
 class Channels(Axes):
@@ -253,7 +274,7 @@ class Channels(Axes):
         if isinstance(self.group, Solo):
             return super().sum(*arrays)
         slot = self.group.rank * self.count // self.group.size
-        sums = self.group.sum(*(self._in_slot(self.held_sum(a), slot) for a in arrays), what=self.layer)
+        sums = self.group.sum(*(self._in_slot(self.held_sum(a), slot) for a in arrays), what=self.what(arrays[0]))
         return sums[slot, ...] if len(arrays) == 1 else tuple(total[slot, ...] for total in sums)
 
     def largest(self, rows: Array) -> Array:
@@ -262,6 +283,17 @@ class Channels(Axes):
             return super().largest(rows)
         slot = self.group.rank * self.count // self.group.size
         return self.group.max(self._in_slot(self._largest(rows), slot), what=self.layer)[slot, ...]
+
+    def any(self, flags: Array) -> bool:
+        """Return whether a flag of some row on some rank is set."""
+        if isinstance(self.group, Solo):
+            return super().any(flags)
+        xp = array_module(flags)
+        return bool(self.group.max(xp.astype(xp.any(flags), xp.float64), what=self.layer) > 0)
+
+    def what(self, rows: Array) -> str:
+        """Return what a message is about."""
+        return f"{self.layer} of {self.n(rows)} elements in a group"
 
     def _in_slot(self, sums: Array, slot: int) -> Array:
         xp = array_module(sums)

@@ -125,6 +125,12 @@ class Rows:
         """
         xp, work = array_module(x), self._work(dy, *params.values())
         rows_dy, *rows = (self.axes.rows(a) for a in (dy, x, *others))
+        with everywhere(self.axes.group):
+            if any(a.shape[0] != rows_dy.shape[0] for a in statistics):
+                raise ValueError(
+                    f"{self.axes.layer}: this norm makes {rows_dy.shape[0]} rows of x, and saved has statistics of "
+                    f"{statistics[0].shape[0]}. Hand backward what this very norm saved."
+                )
         outs = [xp.empty_like(a) for a in rows]
         sums: dict[str, list[Array]] = {name: [] for name in params}
         with _evaluation(_width(rows[0])):
@@ -154,7 +160,7 @@ class Rows:
 
     def _params(self, params: dict[str, Array], s: slice, work: Any) -> Iterator[Array | None]:
         for name in dict.fromkeys(("weight", "bias", *params)):
-            yield self.axes.spread(_cast(params[name], work), s) if name in params else None
+            yield self.axes.spread(contiguous(params[name], work), s) if name in params else None
 
     def _work(self, *arrays: Array) -> Any:
         """Return the working dtype: complex128 for the complex step, which differentiates the very code that runs."""
@@ -185,9 +191,9 @@ class Rows:
         xp, safe = array_module(x), SAFE[self.compute]
         size = abs(rstd)
         beside_eps = size * size * self.eps > 1 - 2.0 ** -(safe // 10)  # x is small beside eps, maybe subnormal
-        if not bool(xp.any(_outside(size, safe) | beside_eps)):
+        if not self.axes.any(_outside(size, safe) | beside_eps):
             return None
-        k = _exponents(self.axes.largest(x), safe)
+        k = _exponents(self.axes, x, safe)
         if k is not None and self.eps > 0:  # eps / 4^k should not overflow
             least = math.floor(math.log2(self.eps) / 2) - safe
             k = xp.where((k != 0) & (k < least), xp.full_like(k, float(least)), k)
@@ -197,11 +203,11 @@ class Rows:
         """Return other exponents where rstd is infinite: of a constant row 0 is left, and eps / 4^k has vanished."""
         xp = array_module(x)
         constant = (abs(rstd) == math.inf) & (self.eps > 0)
-        return xp.where(constant, xp.full_like(k, LEAST), k) if bool(xp.any(constant)) else None
+        return xp.where(constant, xp.full_like(k, LEAST), k) if self.axes.any(constant) else None
 
     def _dy_out_of_range(self, dy: Array) -> Array | None:
         """Return the exponent for each row of dy, or None; on a group None: it would be a message each time."""
-        return _exponents(self.axes.largest(dy), SAFE[self.compute]) if isinstance(self.axes.group, Solo) else None
+        return _exponents(self.axes, dy, SAFE[self.compute]) if isinstance(self.axes.group, Solo) else None
 
 
 @contextmanager
@@ -242,14 +248,14 @@ def _outside(size: Array, safe: int) -> Array:
     return ~((size > 2.0**-safe) & (size < 2.0**safe))
 
 
-def _exponents(largest: Array, safe: int) -> Array | None:
+def _exponents(axes: Axes, x: Array, safe: int) -> Array | None:
     """Return the exponent of two for each row whose largest element is outside the safe range, 0 for the others.
 
     None if there are only others; zeros, infinities and NaNs are among them.
     """
-    xp = array_module(largest)
+    xp, largest = array_module(x), axes.largest(x)
     usable = _outside(largest, safe) & (largest > 0) & (largest < math.inf)
-    if not bool(xp.any(usable)):
+    if not axes.any(usable):
         return None
     return xp.floor(xp.log2(xp.where(usable, largest, xp.ones_like(largest))))
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, from_numpy, sqrt, to_numpy
+from npnorm.arrays import Array, array_module, dtype_name, from_numpy, sqrt, to_numpy
 from npnorm.axes import Batch
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, everywhere
@@ -138,8 +138,11 @@ class BatchNorm:
                 raise ValueError(f"BatchNorm: momentum is {momentum!r}. It must be a number from 0 to 1, or None.")
             if (running_mean is None) != (running_var is None):
                 raise ValueError("BatchNorm: running_mean and running_var come together, or not at all.")
+            for name, array in running.items():
+                if array is not None and not np.all(np.isfinite(to_numpy(array))):
+                    raise ValueError(f"BatchNorm: {name} has a NaN or infinity. Start from finite numbers.")
             if running_var is not None and not np.all(to_numpy(running_var) >= 0):
-                raise ValueError("BatchNorm: running_var has a negative number or a NaN. A variance is 0 or greater.")
+                raise ValueError("BatchNorm: running_var has a negative number. A variance is 0 or greater.")
             if batches != 0 and not is_count(batches):
                 raise ValueError(f"BatchNorm: batches is {batches!r}. It must be an integer, 0 or greater.")
         self.momentum, self.batches = momentum, int(batches)
@@ -165,14 +168,14 @@ class BatchNorm:
             rstd = 1 / sqrt(var + eps)
             z = c * rstd
             y = affine(z, w, b)
-            return y, (mean, rest, var, n + 0 * var, rstd)
+            return y, (mean, rest, var, array_module(x).zeros_like(abs(var)) + n, rstd)
 
         y, (mean, rest, var, n, rstd), scale = self.rows.forward(formula, x, self.params)
         counted = int(to_numpy(abs(n)).max())
         if counted < 2:
             raise ValueError(
-                f"BatchNorm: a channel of x {tuple(x.shape)} has {counted} element over all ranks, and its variance "
-                "says nothing. Train with at least two, or call inference."
+                f"BatchNorm: elements in a channel of x over all ranks: {counted}. Its variance says nothing. "
+                "Train with at least two, or call inference."
             )
         return y, Saved(x, mean, rest, var, n, rstd, scale)
 
@@ -186,6 +189,8 @@ class BatchNorm:
             )
         xp = array_module(x)
         mean, var = (xp.astype(a, xp.float64)[:, None, None] for a in (self.running_mean, self.running_var))
+        if not bool(xp.all(var + self.eps > 0)):
+            raise ValueError("BatchNorm: running_var + eps is 0 in some channel. Take an eps above 0 for inference.")
         rstd = 1 / sqrt(var + self.eps)
 
         def formula(x: Array, w: Array, b: Array, mean: Array, rstd: Array, eps: Array) -> tuple[Array, tuple[()]]:
@@ -240,24 +245,29 @@ class BatchNorm:
             If the batch had a NaN or infinity; the running statistics stay as they were.
         """
         check_saved("BatchNorm", saved, Saved)
+        self._check(x=saved.x)
         xp = array_module(saved.mean)
         mean, var, n = saved.mean + saved.rest, saved.var, saved.n
-        if saved.scale is not None:
-            half = 2.0 ** (saved.scale / 2)  # 2^scale and 4^scale themselves may be out of range
-            mean, var = mean * half * half, var * half * half * half * half
-        mean, unbiased = mean[:, 0, 0], (var * (n / (n - 1)))[:, 0, 0]
-        if not (bool(xp.all(xp.isfinite(mean))) and bool(xp.all(xp.isfinite(unbiased)))):
-            raise ValueError(
-                "BatchNorm: the batch has a mean or variance that is not finite; the running statistics stay as they "
-                "were. Look for a NaN or infinity in x."
+        like = mean[:, 0, 0]
+        old_mean = xp.zeros_like(like) if self.running_mean is None else self.running_mean
+        old_var = xp.ones_like(like) if self.running_var is None else self.running_var
+        batches = self.batches + 1
+        momentum = 1 / batches if self.momentum is None else self.momentum
+        with np.errstate(all="ignore"):
+            if saved.scale is not None:
+                half = 2.0 ** (saved.scale / 2)  # 2^scale and 4^scale themselves may be out of range
+                mean, var = mean * half * half, var * half * half * half * half
+            unbiased = var * (n / (n - 1))
+            new_mean, new_var = (
+                xp.astype((1 - momentum) * xp.astype(old, new.dtype) + momentum * new[:, 0, 0], old.dtype)
+                for old, new in ((old_mean, mean), (old_var, unbiased))
             )
-        old_mean = xp.zeros_like(mean) if self.running_mean is None else self.running_mean
-        old_var = xp.ones_like(mean) if self.running_var is None else self.running_var
-        self.batches += 1
-        momentum = 1 / self.batches if self.momentum is None else self.momentum
-        with np.errstate(under="ignore"):
-            self.running_mean = xp.astype((1 - momentum) * old_mean + momentum * mean, old_mean.dtype)
-            self.running_var = xp.astype((1 - momentum) * old_var + momentum * unbiased, old_var.dtype)
+        if not (bool(xp.all(xp.isfinite(new_mean))) and bool(xp.all(xp.isfinite(new_var)))):
+            raise ValueError(
+                f"BatchNorm: statistics of this batch are not finite in {dtype_name(old_var)}; "
+                "the running statistics stay as they were. Look for a NaN, an infinity or huge numbers in x."
+            )
+        self.running_mean, self.running_var, self.batches = new_mean, new_var, batches
 
     def _check(self, **arrays: Array) -> None:
         known = self.params or ({} if self.running_mean is None else {"running_mean": self.running_mean})

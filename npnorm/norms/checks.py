@@ -98,6 +98,13 @@ def check_features(layer: str, params: dict[str, Array], axes: int, group: Group
         check_same_shape(layer, arrays)
 
 
+def check_place(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
+    """Raise unless the arrays are of the module, and on the device, of the parameters."""
+    with everywhere(group):
+        for x in arrays.values():
+            check_module(layer, x, params)
+
+
 def check_channels(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
     """Raise unless the arrays are floats of one shape (N, C, ...) with the channels C of the parameters."""
     expected = next((a.shape[0] for a in params.values()), None)
@@ -116,9 +123,10 @@ def check_channels(layer: str, params: dict[str, Array], group: Group, **arrays:
 
 
 def check_same_shape(layer: str, arrays: dict[str, Array]) -> None:
-    """Raise unless all arrays have the shape of the last: of the x that was saved, where there is a dy."""
+    """Raise unless all arrays have the place and shape of the last: of the x that was saved, where there is a dy."""
     *others, reference = arrays
     for name in others:
+        check_module(layer, arrays[reference], {name: arrays[name]})
         if tuple(arrays[name].shape) != tuple(arrays[reference].shape):
             came = f"{layer}: {name} has shape {tuple(arrays[name].shape)}, and"
             if name == "dy":

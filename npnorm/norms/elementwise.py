@@ -7,7 +7,7 @@ from npnorm.axes import Features
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, Solo
 from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features, check_settings
+from npnorm.norms.checks import check_features, check_place, check_settings
 from npnorm.norms.statistics import affine
 
 
@@ -45,7 +45,7 @@ class Elementwise:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
-        check_features(self.layer, self.affine, self.axes.count, self.axes.group, x=x)
+        self._check(x=x)
 
         def formula(x: Array, w: Array, b: Array, alpha: Array, *more: Array) -> tuple[Array, tuple[()]]:
             *shift, _ = more
@@ -59,7 +59,7 @@ class Elementwise:
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the complete gradients of the parameters, in their dtypes."""
         check_saved(self.layer, saved, Saved)
-        check_features(self.layer, self.affine, self.axes.count, self.axes.group, dy=dy, x=saved.x)
+        self._check(dy=dy, x=saved.x)
         held_sum = self.axes.held_sum
 
         def formula(dy: Array, x: Array, w: Array, alpha: Array, *more: Array) -> tuple[Array, dict[str, Array]]:
@@ -78,3 +78,7 @@ class Elementwise:
         for (name, a), total in zip(self.scalars.items(), sums if len(mine) > 1 else [sums], strict=True):
             grads[name] = round_to(total, a.dtype)
         return dx, {name: grads[name] for name in self.params}
+
+    def _check(self, **arrays: Array) -> None:
+        check_place(self.layer, self.params, self.axes.group, **arrays)
+        check_features(self.layer, self.affine, self.axes.count, self.axes.group, **arrays)

@@ -57,7 +57,8 @@ class InstanceNorm(GroupNorm):
         group: Group = SOLO,
         compute: str | None = None,
     ) -> None:
-        super().__init__(group.size, weight, bias, eps, group=group, compute=compute)  # the groups come with x
+        ranks = getattr(group, "size", 1)  # what is no group is refused there
+        super().__init__(ranks, weight, bias, eps, group=group, compute=compute)  # the groups come with x
 
     @classmethod
     def init(cls, channels: int, dtype: str = "float32", **settings: Any) -> "InstanceNorm":  # type: ignore[override]

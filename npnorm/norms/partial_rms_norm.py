@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array, from_numpy, sqrt
-from npnorm.axes import Features
+from npnorm.axes import Features, Subset
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, Solo, everywhere
 from npnorm.layer import check_saved
@@ -39,7 +39,7 @@ class Saved(NamedTuple):
     """What backward needs of forward."""
 
     x: Array
-    subset: Array | None  # (features,): 1 in the subset and 0 elsewhere, of this rank's features; None if all are in
+    subset: Array | None  # (features,), of this rank: True in the subset; None if all are in
     rstd: Array  # one number for each row, of the scaled rows
     scale: Array | None  # the exponent of two a row was divided by, where its squares leave the range
 
@@ -97,8 +97,8 @@ class PartialRMSNorm:
                     f"PartialRMSNorm: p is {p!r}. It must be above 0 and at most 1: k = ceil(n p) must be 1 or more."
                 )
         self.p = Fraction(str(p))  # as it was written: 100 * 0.07 is above 7
-        self.axes = Features("PartialRMSNorm", group)
-        self.rows = Rows(self.axes, eps, compute)
+        self.group, self.eps, self.compute = group, eps, compute
+        self._rows(None)  # checks compute
 
     @classmethod
     def init(cls, features: int, dtype: str = "float32", **settings: Any) -> "PartialRMSNorm":
@@ -115,39 +115,43 @@ class PartialRMSNorm:
             Draws the subset anew, without replacement, the same for all rows; None: the first k features. On a group,
             the same generator in the same state on every rank.
         """
-        check_features("PartialRMSNorm", self.params, 1, self.axes.group, x=x)
-        axes, n = self.axes, x.shape[-1] * self.axes.group.size
+        check_features("PartialRMSNorm", self.params, 1, self.group, x=x)
+        n = x.shape[-1] * self.group.size
         k = self.k(n)
-        subset = None if k == n else from_numpy(self._subset(n, k, rng), x)
+        mask = self._subset(n, k, rng)
+        subset = None if k == n else from_numpy(mask, x)
+        rows = self._rows(subset)
+        axes = rows.axes
 
         def formula(x: Array, w: Array, b: Array, eps: Array) -> tuple[Array, tuple[Array]]:
-            square = axes.sum(x * x if subset is None else x * x * subset)
-            rstd = 1 / sqrt(square / k + eps)
+            measured = axes.measured(x) if isinstance(axes, Subset) else x
+            rstd = 1 / sqrt(axes.sum(measured * measured) / k + eps)
             z = x * rstd
             y = affine(z, w, b)
             return y, (rstd,)
 
-        y, (rstd,), scale = self.rows.forward(formula, x, self.params)
+        y, (rstd,), scale = rows.forward(formula, x, self.params)
         return y, Saved(x, subset, rstd, scale)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
         check_saved("PartialRMSNorm", saved, Saved)
-        check_features("PartialRMSNorm", self.params, 1, self.axes.group, dy=dy, x=saved.x)
-        axes, subset = self.axes, saved.subset
-        k = self.k(saved.x.shape[-1] * axes.group.size)
+        check_features("PartialRMSNorm", self.params, 1, self.group, dy=dy, x=saved.x)
+        rows = self._rows(saved.subset)
+        axes = rows.axes
+        k = self.k(saved.x.shape[-1] * self.group.size)
 
         def formula(dy: Array, x: Array, w: Array, rstd: Array, eps: Array) -> tuple[Array, dict[str, Array]]:
             z = x * rstd
             dz = affine(dy, w)
-            if subset is None:
-                d = refine(axes, dz - z * axes.mean(dz * z), dz, z, eps * rstd * rstd, centre=False)
+            if isinstance(axes, Subset):
+                d = dz - axes.measured(z) * (axes.sum(dz * z) / k)
             else:
-                d = dz - subset * z * (axes.sum(dz * z) / k)
+                d = refine(axes, dz - z * axes.mean(dz * z), dz, z, eps * rstd * rstd, centre=False)
             dx = rstd * d
             return dx, {"weight": dy * z, "bias": dy}  # to be summed over the rows
 
-        return self.rows.backward(formula, dy, saved.x, self.params, (saved.rstd,), saved.scale)
+        return rows.backward(formula, dy, saved.x, self.params, (saved.rstd,), saved.scale)
 
     def k(self, n: int) -> int:
         """Return how many of n features are measured: ceil(n p).
@@ -159,16 +163,21 @@ class PartialRMSNorm:
         """
         return math.ceil(n * self.p)
 
+    def _rows(self, subset: Array | None) -> Rows:
+        layer = "PartialRMSNorm"
+        axes = Features(layer, self.group) if subset is None else Subset(layer, self.group, subset)
+        return Rows(axes, self.eps, self.compute)
+
     def _subset(self, n: int, k: int, rng: np.random.Generator | None) -> np.ndarray:
-        """Return 1 for this rank's features in the subset, 0 for the others."""
-        if rng is not None and not isinstance(rng, np.random.Generator):
-            raise TypeError(
-                f"PartialRMSNorm: rng is a {type(rng).__name__}. Pass a generator: numpy.random.default_rng(seed)."
-            )
-        chosen = range(k) if rng is None else sorted(rng.choice(n, k, replace=False))
-        group = self.axes.group
+        """Return which of this rank's features are in the subset."""
+        with everywhere(self.group):
+            if rng is not None and not isinstance(rng, np.random.Generator):
+                raise TypeError(
+                    f"PartialRMSNorm: rng is a {type(rng).__name__}. Pass a generator: numpy.random.default_rng(seed)."
+                )
+        chosen = np.arange(k) if rng is None else np.sort(rng.choice(n, k, replace=False))
         if rng is not None:
-            group.agree(f"PartialRMSNorm with the subset {chosen}")
-        whole = np.zeros(n)
-        whole[list(chosen)] = 1
-        return group.shard(whole, 0)
+            self.group.agree(f"PartialRMSNorm with the subset {chosen.tolist()}")
+        whole = np.zeros(n, bool)
+        whole[chosen] = True
+        return self.group.shard(whole, 0)

@@ -28,7 +28,7 @@ from npnorm.axes import Axes, Features
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group
 from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features, check_settings, count_axes
+from npnorm.norms.checks import check_features, check_place, check_settings, count_axes
 from npnorm.norms.statistics import affine, refine
 
 
@@ -117,7 +117,7 @@ class ScaleNorm:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
-        check_features(self.layer, {}, self.axes.count, self.axes.group, x=x)
+        self._check(x=x)
         y, (longer, rnorm), scale = self.rows.forward(partial(normalize, self.axes), x, self.params)
         return y, Saved(x, longer, rnorm, scale)
 
@@ -125,6 +125,10 @@ class ScaleNorm:
         """Return dx, of the shape and dtype of x, and the complete gradient of the weight, in its dtype."""
         check_saved(self.layer, saved, Saved)
         x, longer, rnorm, scale = saved
-        check_features(self.layer, {}, self.axes.count, self.axes.group, dy=dy, x=x)
+        self._check(dy=dy, x=x)
         formula = partial(normalize_backward, self.axes)
         return self.rows.backward(formula, dy, x, self.params, (longer, rnorm), scale)
+
+    def _check(self, **arrays: Array) -> None:
+        check_place(self.layer, self.params, self.axes.group, **arrays)
+        check_features(self.layer, {}, self.axes.count, self.axes.group, **arrays)

@@ -87,7 +87,7 @@ def packed(axes: Axes, x: Array, eps: Array) -> Centred:
 def gathered(axes: Axes, x: Array, eps: Array) -> Centred:
     """Return the statistics by one gather over the ranks, merged in their order."""
     mine = alone(axes, x)
-    n = mine.mean * 0 + mine.n
+    n = array_module(x).full_like(abs(mine.mean), float(mine.n))
     parts = axes.group.gather(
         array_module(x).stack([n, mine.mean, mine.rest, mine.var * mine.n])[None, ...], axis=0, what=axes.layer
     )

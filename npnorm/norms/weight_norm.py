@@ -78,6 +78,7 @@ class WeightNorm:
         axes = Batch("WeightNorm", group)
         rows = contiguous(axes.rows(weight[None, ...]), xp.float64)
         largest = axes.largest(rows)
+        largest = xp.where(largest > 0, largest, xp.ones_like(largest))
         lengths = sqrt(axes.sum((rows / largest) ** 2)) * largest
         return cls(xp.astype(lengths[:, 0, 0], weight.dtype), group=group, compute=compute)
 

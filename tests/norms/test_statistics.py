@@ -1,0 +1,247 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from npnorm import LayerNorm, RMSNorm
+from npnorm.axes import Features
+from npnorm.group import SOLO
+from npnorm.norms.statistics import FORMS, affine, alone, centre, centred, merge, packed, refine
+from tests.check import close, exact_norm, same_bits
+
+AXES = Features("a norm", SOLO)
+OFFSETS = pytest.mark.parametrize("offset", [0.0, 1e4, -1e8, 1e12])
+LENGTHS = pytest.mark.parametrize(
+    "lengths",
+    [(5, 5), (1, 7), (7, 1), (1, 1), (3, 4, 9, 2), (0, 6), (6, 0), (3, 0, 5), (0, 0, 4, 0, 3, 0), (8,), (0, 1)],
+    ids=str,
+)
+
+
+def exact_statistics(row):
+    """Return mean and sum of centred squares as fractions."""
+    x = [Fraction(float(a)) for a in row]
+    mean = sum(x) / len(x)
+    return mean, sum((a - mean) ** 2 for a in x)
+
+
+def part_of(row):
+    """Return n, the mean in two summands, and the sum of centred squares of one part."""
+    _, mean, rest, var, n = alone(AXES, row[None, :])
+    return np.array([n, mean[0, 0], rest[0, 0], var[0, 0] * n])
+
+
+def off(mean, rest, exact):
+    """Return how far mean + rest is from the exact mean."""
+    return abs(float(Fraction(float(mean)) + Fraction(float(rest)) - exact))
+
+
+@LENGTHS
+@OFFSETS
+def test_merged_parts_are_the_whole(lengths, offset):
+    x = np.random.default_rng(1).standard_normal(sum(lengths)) + offset
+    parts = np.stack([part_of(row) for row in np.split(x, np.cumsum(lengths)[:-1])])
+    n, mean, rest, squares = merge(parts)
+    exact_mean, exact_squares = exact_statistics(x)
+    assert n == len(x)
+    assert off(mean, rest, exact_mean) < 2e-15  # of a spread of 1, wherever the mean is
+    assert abs(squares - float(exact_squares)) <= 2e-14 * float(exact_squares)
+
+
+def test_parts_worked_by_hand():
+    # (1) and (1, 3, 7): delta = 8/3, mean = 1 + 8/3 3/4 = 3, m2 = 56/3 + 64/9 1 3/4 = 24
+    n, mean, rest, squares = merge(np.array([[1, 1, 0, 0], [3, 11 / 3, 0, 56 / 3]]))
+    assert n == 4
+    close([mean + rest, squares], [3, 24], 1e-15)
+
+
+def test_parts_of_one_number_each_are_the_whole():
+    x = np.random.default_rng(2).standard_normal(50) + 1e12
+    n, mean, rest, squares = merge(np.stack([part_of(x[i : i + 1]) for i in range(50)]))
+    exact_mean, exact_squares = exact_statistics(x)
+    assert n == 50
+    assert off(mean, rest, exact_mean) < 2e-15
+    assert abs(squares - float(exact_squares)) <= 1e-14 * float(exact_squares)
+
+
+def test_the_second_summand_of_a_part_counts():
+    n, mean, rest, squares = merge(np.array([[2, 1e12, 0.25, 0.0], [2, 1e12, -0.75, 0.0]]))
+    assert (n, mean, rest) == (4, 1e12, -0.25)
+    assert squares == 1  # four numbers 1/2 from the mean
+
+
+def test_each_row_is_merged_by_itself():
+    rng = np.random.default_rng(3)
+    parts = rng.random((3, 4, 5, 1))
+    together = merge(parts)
+    for row in range(5):
+        for a, b in zip(merge(parts[:, :, row]), together, strict=True):
+            same_bits(a, b[row])
+
+
+def test_empty_parts_alone_are_empty():
+    n, mean, rest, squares = merge(np.zeros((3, 4)))
+    assert (n, mean, rest, squares) == (0, 0, 0, 0)
+
+
+@OFFSETS
+@pytest.mark.parametrize("n", [1, 2, 9, 1000])
+def test_the_centre_is_exact_wherever_the_mean_is(n, offset):
+    x = np.random.default_rng(4).standard_normal((1, n)) + offset
+    c, mean, rest, var, count = centre(AXES, x, "two-pass", 1e-5)
+    exact_mean, exact_squares = exact_statistics(x[0])
+    assert count == n
+    assert off(mean[0, 0], rest[0, 0], exact_mean) < 5e-16
+    exact_c = np.array([[float(Fraction(float(a)) - exact_mean) for a in x[0]]])
+    np.testing.assert_allclose(c, exact_c, rtol=0, atol=1e-15)
+    assert abs(var[0, 0] - float(exact_squares / n)) <= 1e-15 * float(exact_squares / n)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1.1e7, 1e12, 1.1e100])
+@pytest.mark.parametrize("n", [1, 3, 100])
+def test_a_constant_row_has_the_centre_zero_and_no_variance(value, n):
+    c, _, _, var, _ = centre(AXES, np.full((2, n), value), "two-pass", 1e-5)
+    np.testing.assert_array_equal(c, np.zeros((2, n)))
+    np.testing.assert_array_equal(var, np.zeros((2, 1)))
+
+
+@pytest.mark.parametrize("value", [0.1, -1.1e7, 1.1e100])
+@pytest.mark.parametrize("n", [3, 100, 20001])
+def test_the_centre_is_exact_where_a_row_spreads_by_a_single_step(value, n):
+    x = np.full((1, n), value)
+    x[0, 1] = np.nextafter(value, np.inf)
+    c, _, _, var, _ = centre(AXES, x, "two-pass", 1e-5)
+    exact_mean, exact_squares = exact_statistics(x[0])
+    exact_c = np.array([[float(Fraction(float(a)) - exact_mean) for a in x[0]]])
+    np.testing.assert_allclose(c, exact_c, rtol=1e-15)  # each element, though all but one are small
+    assert abs(var[0, 0] - float(exact_squares / n)) <= 1e-15 * float(exact_squares / n)
+
+
+def test_centred_gives_the_centre_again():
+    x = np.random.default_rng(5).standard_normal((4, 9)) + 1e10
+    c, mean, rest, _, _ = alone(AXES, x)
+    same_bits(centred(x, mean, rest), c)
+
+
+def test_an_empty_row_has_the_mean_zero():
+    c, mean, rest, var, n = alone(AXES, np.ones((3, 0)))
+    assert (c.shape, n) == ((3, 0), 0)
+    for a in (mean, rest, var):
+        same_bits(a, np.zeros((3, 1)))
+
+
+@pytest.mark.parametrize("form", ["packed", "gathered"])
+def test_alone_every_form_gives_the_same_bits(form):
+    rng = np.random.default_rng(6)
+    x, dy = rng.standard_normal((2, 3, 5, 11)) + 1e6
+    results = []
+    for statistics in ("two-pass", form):
+        layer = LayerNorm(statistics=statistics)
+        y, saved = layer.forward(x)
+        results.append({"y": y, "dx": layer.backward(dy, saved)[0]})
+    same_bits(*results)
+    for a, b in zip(centre(AXES, x[0], "two-pass", 0), centre(AXES, x[0], form, 0), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_the_formula_of_each_form_is_that_of_numpy(form):
+    x = np.random.default_rng(7).standard_normal((4, 9)) + 3
+    c, mean, rest, var, n = FORMS[form](AXES, x, np.float64(1e-5))
+    close(c, x - x.mean(axis=-1, keepdims=True))
+    close(mean + rest, x.mean(axis=-1, keepdims=True))
+    close(var, x.var(axis=-1, keepdims=True))
+    assert np.all(n == 9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "enough", "too_much"), [("float64", 1e3, 1e5), ("float32", 10, 1e3), ("complex128", 1e3, 1e5)]
+)
+def test_packed_refuses_a_row_of_which_more_than_half_of_the_digits_cancel(dtype, enough, too_much):
+    x = np.random.default_rng(8).standard_normal((3, 50)).astype(dtype)
+    x[1] += enough
+    half = 2.0**-12 if dtype == "float32" else 2.0**-26
+    close(packed(AXES, x, 1e-5).var, x.real.var(axis=-1, keepdims=True), half)
+    x[1] += too_much
+    with pytest.raises(ValueError, match=r"a norm: in some row the mean is so far.*Take statistics='gathered'"):
+        packed(AXES, x, 1e-5)
+
+
+def test_packed_takes_a_constant_row_where_eps_covers_what_cancels():
+    x = np.full((1, 8), 3.0)
+    assert packed(AXES, x, 1e-5).var[0, 0] == 0
+    with pytest.raises(ValueError, match="more than half of its digits"):
+        packed(AXES, x, 0.0)
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(
+        ValueError, match=r"LayerNorm: statistics is 'welford'\. Choose one of two-pass, packed, gather"
+    ):
+        LayerNorm(statistics="welford")
+
+
+@pytest.mark.parametrize("eps", [1e-2, 1e-5, 1e-9, 1e-12])
+@pytest.mark.parametrize(("kind", "n"), [(LayerNorm, 2), (RMSNorm, 1)])
+def test_the_gradient_of_the_shortest_rows_keeps_its_digits(kind, n, eps):
+    rng = np.random.default_rng(9)
+    x, dy = rng.standard_normal((2, 20, n))
+    layer = kind(eps=eps)
+    _, saved = layer.forward(x)
+    dx, _ = layer.backward(dy, saved)
+    expected = exact_norm(x, np.ones(n), np.zeros(n), eps, dy, centred=kind is LayerNorm)[1]
+    np.testing.assert_allclose(dx, expected, rtol=1e-13)  # 1 - z^2 itself has 4 digits at an eps of 1e-12
+
+
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+def test_the_gradient_along_the_output_is_right(kind):
+    x = np.random.default_rng(10).standard_normal((20, 9))
+    layer = kind(eps=1e-5)
+    y, saved = layer.forward(x)
+    dx, _ = layer.backward(y, saved)
+    expected = exact_norm(x, np.ones(9), np.zeros(9), 1e-5, y, centred=kind is LayerNorm)[1]
+    close(dx, expected, 3e-11)  # dx is 1e-5 of dy, and y off from z by 1e-16
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-9, 1e-15])
+@pytest.mark.parametrize("centre", [True, False])
+def test_along_z_the_share_of_eps_is_left(share, centre):
+    signs = np.random.default_rng(11).permuted(np.repeat([[-1.0, 1.0]], 5, axis=1), axis=1)
+    z = signs * [[1.0], [-1.0], [1.0], [-1.0]]  # mean 0 and mean square 1, exactly: nothing is left without eps
+    close(refine(AXES, np.zeros_like(z), 4 * z, z, np.full((4, 1), share), centre), 4 * z * share, 1e-14)
+
+
+@pytest.mark.parametrize("centre", [True, False])
+def test_at_right_angles_to_z_everything_is_left(centre):
+    z, p = np.array([[-1.0, -1.0, 1.0, 1.0]]), np.array([[1.0, -1.0, 1.0, -1.0]]) * 2.0**-20
+    close(refine(AXES, p, 3 * z + p, z, np.array([[1e-9]]), centre), p + 3e-9 * z, 1e-15)
+
+
+def test_where_z_vanishes_the_gradient_is_the_centre():
+    dz = 1e8 + np.array([[0.0, 1.0, 2.0, 3.0]])
+    z = np.zeros_like(dz)
+    with np.errstate(divide="ignore", invalid="ignore"):  # as the driver does
+        refined = refine(AXES, dz * 0, dz, z, np.ones((1, 1)))
+    np.testing.assert_array_equal(refined, [[-1.5, -0.5, 0.5, 1.5]])
+
+
+def test_rows_that_lost_nothing_and_rows_of_zeros_stay_as_they_are():
+    rng = np.random.default_rng(12)
+    z, dz = rng.standard_normal((2, 3, 9))
+    z = alone(AXES, z).c
+    z /= np.sqrt((z * z).mean(axis=-1, keepdims=True))
+    dz[1], dz[2] = 0, z[2]
+    d = rng.standard_normal((3, 9))
+    d[1:] = 0
+    refined = refine(AXES, d, dz, z, np.full((3, 1), 1e-3))
+    same_bits(refined[:2], d[:2])
+    close(refined[2], 1e-3 * z[2], 1e-13)
+    same_bits(refine(AXES, d[:2], dz[:2], z[:2], np.full((2, 1), 1e-3)), d[:2])
+
+
+def test_the_affine_part_leaves_out_what_the_norm_does_not_have():
+    z, w, b = np.random.default_rng(13).standard_normal((3, 4))
+    assert affine(z, None) is z
+    same_bits(affine(z, w), z * w)
+    same_bits(affine(z, None, b), z + b)
+    same_bits(affine(z, w, b), z * w + b)
