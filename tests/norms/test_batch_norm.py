@@ -474,3 +474,51 @@ def test_init_makes_ones_and_zeros():
     assert (norm.batches, norm.momentum) == (0, 0.5)
     assert BatchNorm.init(3).params["weight"].dtype == np.float32
     assert norm.shards == {"weight": None, "bias": None}
+
+
+def test_inference_without_parameters_has_a_gradient():
+    rng = np.random.default_rng(40)
+    x, dy = rng.standard_normal((2, 4, 3, 5))
+    mean, var = rng.standard_normal(3), rng.uniform(0.5, 2, 3)
+    norm = BatchNorm(eps=0.3, running_mean=mean, running_var=var)
+    _, saved = norm.inference(x)
+    dx, grads = norm.backward(dy, saved)
+    close(dx, dy / np.sqrt(var + 0.3)[:, None])
+    assert grads == {}
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_running_statistics_that_are_not_finite_are_refused(name, bad):
+    running = {"running_mean": np.zeros(2), "running_var": np.ones(2)} | {name: np.array([1.0, bad])}
+    with pytest.raises(ValueError, match=rf"BatchNorm: {name} has a NaN or infinity\. Start from finite numbers"):
+        BatchNorm(**running)
+
+
+def test_a_running_variance_of_zero_needs_an_eps():
+    x = np.random.default_rng(41).standard_normal((4, 2))
+    running = {"running_mean": np.zeros(2), "running_var": np.array([0.0, 1.0])}
+    close(BatchNorm(eps=0.25, **running).inference(x)[0], x / np.sqrt([0.25, 1.25]))
+    with pytest.raises(ValueError, match=r"running_var \+ eps is 0 in some channel\. Take an eps above 0"):
+        BatchNorm(eps=0, **running).inference(x)
+
+
+def test_statistics_of_other_channels_are_not_tracked():
+    norm = BatchNorm()
+    norm.track(norm.forward(np.random.default_rng(42).standard_normal((4, 3)))[1])
+    _, saved = BatchNorm().forward(np.random.default_rng(43).standard_normal((4, 1)))
+    before = norm.running_mean.copy()
+    with pytest.raises(ValueError, match=r"BatchNorm holds 3 channels; x has shape \(4, 1\)"):
+        norm.track(saved)
+    same_bits(norm.running_mean, before)
+
+
+def test_two_elements_in_a_channel_keep_the_digits_of_dx():
+    x, dy = np.array([[1.0, -3.0], [1.5, 4.0]]), np.array([[0.3, -2.0], [1.1, 0.7]])
+    norm = BatchNorm(np.array([1.5, -0.5]), eps=1e-5)
+    dx, _ = norm.backward(dy, norm.forward(x)[1])
+    w = np.array([[1.5, 1.5], [-0.5, -0.5]])
+    for channel in range(2):
+        row, drow = x[None, :, channel], dy[None, :, channel]
+        exact = exact_norm(row, w[channel], np.zeros(2), 1e-5, drow, centred=True)[1]
+        np.testing.assert_allclose(dx[:, channel], exact[0], rtol=1e-13)  # 1e-5 of its terms is left
