@@ -96,6 +96,10 @@ class Axes:
         n, sums = self.n(arrays[0]), self.sum(*arrays)
         return sums / n if len(arrays) == 1 else tuple(total / n for total in sums)
 
+    def measured(self, x: Array, *others: Array) -> Array:
+        """Return what of a block of rows the norm measures: here all of x."""
+        return x
+
     def any(self, flags: Array) -> bool:
         """Return whether a flag of some row is set: the same on every rank, as the flags are."""
         return bool(array_module(flags).any(flags))
@@ -154,13 +158,9 @@ class Subset(Features):
         super().__init__(layer, group)
         self.mask = mask
 
-    def measured(self, rows: Array) -> Array:
-        """Return the rows with zeros for what is not measured."""
-        return array_module(rows).where(self.mask, rows, array_module(rows).zeros_like(rows))
-
-    def largest(self, rows: Array) -> Array:
-        """Return the largest magnitude of what is measured of each row, over all ranks."""
-        return super().largest(self.measured(rows))
+    def measured(self, x: Array, *others: Array) -> Array:
+        """Return x with zeros for what is not measured."""
+        return array_module(x).where(self.mask, x, array_module(x).zeros_like(x))
 
 
 class Groups(Features):

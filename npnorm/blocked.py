@@ -50,7 +50,7 @@ class Rows:
         self.eps = float(eps)  # a Python number takes the precision of the array that it meets
         with everywhere(axes.group):
             if compute not in (None, *SAFE):
-                raise ValueError(f"compute is {compute!r}. Choose None, 'float64' or 'float32'.")
+                raise ValueError(f"{axes.layer}: compute is {compute!r}. Choose None, 'float64' or 'float32'.")
         self.compute = compute or "float64"
 
     def forward(
@@ -92,7 +92,7 @@ class Rows:
                 y, statistic = formula(first, *given, self.eps)
                 k = None
                 for rule in (self._out_of_range, self._constant) if statistic and self._wide(x) else ():
-                    found = rule(first, statistic[-1], k)
+                    found = rule(self.axes.measured(first, *rest), statistic[-1], k)
                     if found is None:
                         break
                     k = found
@@ -123,7 +123,7 @@ class Rows:
         grads : dict
             For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
         """
-        xp, work = array_module(x), self._work(dy, *params.values())
+        xp, work = array_module(x), self._work(x, dy, *params.values())
         rows_dy, *rows = (self.axes.rows(a) for a in (dy, x, *others))
         with everywhere(self.axes.group):
             if any(a.shape[0] != rows_dy.shape[0] for a in statistics):
@@ -162,13 +162,20 @@ class Rows:
         for name in dict.fromkeys(("weight", "bias", *params)):
             yield self.axes.spread(contiguous(params[name], work), s) if name in params else None
 
-    def _work(self, *arrays: Array) -> Any:
+    def _work(self, x: Array, *others: Array) -> Any:
         """Return the working dtype: complex128 for the complex step, which differentiates the very code that runs."""
-        names = {dtype_name(a) for a in arrays}
+        names = {dtype_name(a) for a in (x, *others)}
         with everywhere(self.axes.group):
             if "float64" in names and self.compute == "float32":
-                raise TypeError("compute='float32' would cut float64 arrays short. Leave compute out for them.")
-        return getattr(array_module(arrays[0]), "complex128" if "complex128" in names else self.compute)
+                raise TypeError(
+                    f"{self.axes.layer}: compute='float32' would cut float64 arrays short. Leave compute out for them."
+                )
+            if "complex128" in names and dtype_name(x) != "complex128":
+                raise TypeError(
+                    f"{self.axes.layer}: a parameter or dy is complex128 and x {dtype_name(x)}; imaginary parts would "
+                    "be lost. complex128 is for the complex step; x must have it, too."
+                )
+        return getattr(array_module(x), "complex128" if "complex128" in names else self.compute)
 
     def _wide(self, x: Array) -> bool:
         """Return whether squares of x can leave the range of the working precision."""
@@ -190,8 +197,10 @@ class Rows:
         """Return the exponent for each row, or None if all are in range: the same on every rank, as rstd is."""
         xp, safe = array_module(x), SAFE[self.compute]
         size = abs(rstd)
-        beside_eps = size * size * self.eps > 1 - 2.0 ** -(safe // 10)  # x is small beside eps, maybe subnormal
-        if not self.axes.any(_outside(size, safe) | beside_eps):
+        out = _outside(size, safe)
+        if isinstance(self.axes.group, Solo):  # on a group a row of zeros would cost a message
+            out |= size * size * self.eps > 1 - 2.0 ** -(safe // 10)  # x is small beside eps, maybe subnormal
+        if not self.axes.any(out):
             return None
         k = _exponents(self.axes, x, safe)
         if k is not None and self.eps > 0:  # eps / 4^k should not overflow

@@ -94,17 +94,20 @@ def check_names(layer: str, params: Tree, axes: Tree) -> None:
         raise ValueError(f"{layer} takes {', '.join(known)}; missing: {missing}, unknown: {strange}.")
 
 
-def check_module(layer: str, x: Array, params: Tree) -> None:
-    """Raise one clear error unless `x` and the parameters are arrays of one module, on one device."""
-    module = array_module(x)
+def check_module(layer: str, x: Array, params: Tree, called: str = "x") -> None:
+    """Raise one clear error unless `x`, in messages `called`, and the parameters are of one module, on one device."""
+    try:
+        module = array_module(x)
+    except TypeError as problem:
+        raise TypeError(f"{layer}: {problem}") from None
     for name, param in leaves(params):
         if array_module(param) is module and device(param) != device(x):
             raise TypeError(
-                f"{layer}: {name} is on {device(param)}, x on {device(x)}. Bring both to the same device first."
+                f"{layer}: {name} is on {device(param)}, {called} on {device(x)}. Bring both to the same device first."
             )
         if array_module(param) is not module:
             raise TypeError(
-                f"{layer}: {name} is an array of {array_module(param).__name__}, x one of {module.__name__}. "
+                f"{layer}: {name} is an array of {array_module(param).__name__}, {called} one of {module.__name__}. "
                 "Bring both to the same device first."
             )
 

@@ -100,6 +100,12 @@ class AdaptiveNorm:
         x, condition, statistics, exponents = saved
         rows = self._rows(condition, dy=dy, x=x)
         norm, axes = self.norm, rows.axes
+        centred = isinstance(norm, layer_norm.LayerNorm)
+        if len(statistics) != (3 if centred else 1):
+            raise ValueError(
+                f"AdaptiveNorm: saved has {len(statistics)} statistics, which is not what {type(norm).__name__} saves. "
+                "Hand backward what this very norm saved."
+            )
 
         def formula(dy: Array, x_: Array, w: Array, *rest: Array) -> tuple[Array, dict[str, Array]]:
             if isinstance(norm, layer_norm.LayerNorm):

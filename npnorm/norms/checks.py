@@ -22,8 +22,11 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is a finite real number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether `value` is a finite real number, also as a float."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def is_count(value: Any) -> bool:
@@ -51,7 +54,7 @@ def check_settings(layer: str, params: dict[str, Array], eps: float, group: Grou
             raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")
         for name, array in params.items():
             check_float(layer, name, array)
-            check_module(layer, array, params)
+            check_module(layer, array, params, name)
         shapes = {tuple(array.shape) for array in params.values()}
         if len(shapes) > 1 or any(0 in s or not SHAPES[shape](s) for s in shapes):
             came = ", ".join(f"{name} {tuple(array.shape)}" for name, array in params.items())
@@ -83,7 +86,7 @@ def check_features(layer: str, params: dict[str, Array], axes: int, group: Group
     expected = next((tuple(a.shape) for a in params.values()), None)
     with everywhere(group):
         for name, x in arrays.items():
-            check_module(layer, x, params)
+            check_module(layer, x, params, name)
             check_float(layer, name, x)
             came = tuple(x.shape[max(x.ndim - axes, 0) :])
             if x.ndim < axes or 0 in came or (expected and came != expected):
@@ -101,8 +104,8 @@ def check_features(layer: str, params: dict[str, Array], axes: int, group: Group
 def check_place(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
     """Raise unless the arrays are of the module, and on the device, of the parameters."""
     with everywhere(group):
-        for x in arrays.values():
-            check_module(layer, x, params)
+        for name, x in arrays.items():
+            check_module(layer, x, params, name)
 
 
 def check_channels(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
@@ -110,7 +113,7 @@ def check_channels(layer: str, params: dict[str, Array], group: Group, **arrays:
     expected = next((a.shape[0] for a in params.values()), None)
     with everywhere(group):
         for name, x in arrays.items():
-            check_module(layer, x, params)
+            check_module(layer, x, params, name)
             check_float(layer, name, x)
             if x.ndim < 2 or 0 in x.shape[1:] or (expected and x.shape[1] != expected):
                 held = f"holds {expected} channels" if expected else "needs at least one channel"
@@ -126,7 +129,7 @@ def check_same_shape(layer: str, arrays: dict[str, Array]) -> None:
     """Raise unless all arrays have the place and shape of the last: of the x that was saved, where there is a dy."""
     *others, reference = arrays
     for name in others:
-        check_module(layer, arrays[reference], {name: arrays[name]})
+        check_module(layer, arrays[reference], {name: arrays[name]}, reference)
         if tuple(arrays[name].shape) != tuple(arrays[reference].shape):
             came = f"{layer}: {name} has shape {tuple(arrays[name].shape)}, and"
             if name == "dy":

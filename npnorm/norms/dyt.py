@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from npnorm.arrays import Array, tanh
+from npnorm.arrays import Array, array_module, exp, tanh
 from npnorm.group import SOLO, Group
 from npnorm.norms.elementwise import Elementwise
 
@@ -80,5 +80,6 @@ class DyT(Elementwise):
 
     @staticmethod
     def slope(u: Array, z: Array) -> Array:
-        """Return the derivative of tanh at u, where z = tanh(u)."""
-        return 1 - z * z
+        """Return the derivative of tanh at u: 1 - z^2, without its cancellation."""
+        e = exp(2 * array_module(u).where(u > 0, -u, u))
+        return 4 * e / ((1 + e) * (1 + e))

@@ -13,10 +13,11 @@ arXiv:2305.14858, section 3.
 from typing import Any
 
 from npnorm.arrays import Array, array_module, dtype_name, round_to
+from npnorm.group import everywhere
 from npnorm.layer import check_module
 
 
-def fold_into(params: dict[str, Array], linear: Any) -> Any:
+def fold_into(params: dict[str, Array], linear: Any, axes: int = 1) -> Any:
     """Return a copy of `linear` that has taken in the weight and bias of the norm before it.
 
     Parameters
@@ -26,19 +27,27 @@ def fold_into(params: dict[str, Array], linear: Any) -> Any:
     linear : Linear
         With a weight of shape (outputs, inputs). On a group that splits the inputs, this costs one sum, of W b.
 
+    axes : int
+        The trailing axes of the norm; a linear layer reads one.
+
     Returns
     -------
     linear : Linear
         Computed in float64, and rounded once to the dtype of the weight of `linear`.
     """
     matrix, bias = linear.params["weight"], linear.params.get("bias")
-    check_module("fold_into", matrix, params)
-    for name, array in params.items():
-        if tuple(array.shape) != tuple(matrix.shape[1:]):
+    with everywhere(linear.group):
+        check_module("fold_into", matrix, params)
+        if axes != 1:
             raise ValueError(
-                f"fold_into: {name} of the norm has shape {tuple(array.shape)}, the matrix {tuple(matrix.shape)}. "
-                "The linear layer must read the output of the norm: its inputs are the norm's features."
+                f"fold_into: the norm is over {axes} axes, and a linear layer reads one. Leave them apart."
             )
+        for name, array in params.items():
+            if tuple(array.shape) != tuple(matrix.shape[1:]):
+                raise ValueError(
+                    f"fold_into: {name} of the norm has shape {tuple(array.shape)}, the matrix {tuple(matrix.shape)}. "
+                    "The linear layer must read the output of the norm: its inputs are the norm's features."
+                )
     xp = array_module(matrix)
     wide = xp.complex128 if dtype_name(matrix) == "complex128" else xp.float64
     w, b = (xp.astype(params[name], wide) if name in params else None for name in ("weight", "bias"))

@@ -34,11 +34,21 @@ from npnorm.norms.checks import check_features, check_settings, is_count
 from npnorm.norms.statistics import affine, refine
 
 
+class Gated(Groups):
+    """The groups of x silu(g): what is measured where the gate comes first."""
+
+    def measured(self, x: Array, *others: Array) -> Array:
+        """Return x silu(g)."""
+        (g,) = others
+        return x * (g / (1 + exp(-g)))
+
+
 class Saved(NamedTuple):
     """What backward needs of forward."""
 
     x: Array
     gate: Array
+    norm_before_gate: bool
     rstd: Array  # one number for each row, of the scaled rows
     scale: Array | None  # the exponent of two a row was divided by, where its squares leave the range
 
@@ -98,7 +108,7 @@ class GatedRMSNorm:
                     f"GatedRMSNorm: {group.size} ranks cannot share {groups} groups. The ranks must divide them."
                 )
         self.group, self.groups, self.norm_before_gate = group, groups, norm_before_gate
-        self.axes = Groups("GatedRMSNorm", group, groups)
+        self.axes = (Groups if norm_before_gate else Gated)("GatedRMSNorm", group, groups)
         self.rows = Rows(self.axes, eps, compute)
         for array in self.params.values():
             self._check_groups(array.shape[0])
@@ -115,21 +125,21 @@ class GatedRMSNorm:
 
         def formula(x: Array, g: Array, w: Array, b: None, eps: Array) -> tuple[Array, tuple[Array]]:
             silu = g / (1 + exp(-g))
-            u = x if norm_before_gate else x * silu
+            u = axes.measured(x, g)  # x, or x silu
             rstd = 1 / sqrt(axes.mean(u * u) + eps)
             z = u * rstd
             y = affine(z, w) * silu if norm_before_gate else affine(z, w)
             return y, (rstd,)
 
         y, (rstd,), scale = self.rows.forward(formula, x, self.params, gate)
-        return y, Saved(x, gate, rstd, scale)
+        return y, Saved(x, gate, norm_before_gate, rstd, scale)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[tuple[Array, Array], dict[str, Array]]:
         """Return (dx, dgate), of the shapes and dtypes of x and gate, and the gradient of the weight, in its dtype."""
         check_saved("GatedRMSNorm", saved, Saved)
-        x, gate, rstd, scale = saved
+        x, gate, norm_before_gate, rstd, scale = saved
         self._check(dy=dy, x=x)
-        axes, norm_before_gate = self.axes, self.norm_before_gate
+        axes = self.axes
 
         def formula(
             dy: Array, x: Array, g: Array, w: Array, rstd: Array, eps: Array

@@ -60,7 +60,8 @@ class GroupNorm:
         Added to the variance (that of n, not n - 1); in units of x squared.
     group : Group
         The ranks over which the channels are split equally. Communicated: nothing where the ranks divide the groups;
-        where the groups divide the ranks, what LayerNorm communicates, for every group. Otherwise an error.
+        where the groups divide the ranks, what LayerNorm communicates, for every group, and for float64 one number
+        more: whether some row is out of range. Otherwise an error.
     compute : "float64", "float32" or None
         The working precision; None is float64.
 

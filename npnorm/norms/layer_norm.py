@@ -121,7 +121,7 @@ class LayerNorm:
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else self.axes.count - 1)
         self.rows = Rows(self.axes, eps, compute)
         with everywhere(group):
-            if statistics not in FORMS:
+            if not isinstance(statistics, str) or statistics not in FORMS:
                 raise ValueError(f"LayerNorm: statistics is {statistics!r}. Choose one of {', '.join(FORMS)}.")
         self.statistics = statistics
 
@@ -153,7 +153,7 @@ class LayerNorm:
         bare = LayerNorm(
             eps=self.rows.eps, statistics=self.statistics, group=self.axes.group, compute=self.rows.compute
         )
-        return bare, fold_into(self.params, linear)
+        return bare, fold_into(self.params, linear, self.axes.count)
 
     def to_rms_norm(self) -> RMSNorm:
         """Return the RMSNorm that equals this norm on rows with mean 0, see `npnorm.norms.folding.centre_writer`."""

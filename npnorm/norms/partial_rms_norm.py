@@ -40,6 +40,7 @@ class Saved(NamedTuple):
 
     x: Array
     subset: Array | None  # (features,), of this rank: True in the subset; None if all are in
+    k: int  # how many features were measured
     rstd: Array  # one number for each row, of the scaled rows
     scale: Array | None  # the exponent of two a row was divided by, where its squares leave the range
 
@@ -131,15 +132,14 @@ class PartialRMSNorm:
             return y, (rstd,)
 
         y, (rstd,), scale = rows.forward(formula, x, self.params)
-        return y, Saved(x, subset, rstd, scale)
+        return y, Saved(x, subset, k, rstd, scale)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
         check_saved("PartialRMSNorm", saved, Saved)
         check_features("PartialRMSNorm", self.params, 1, self.group, dy=dy, x=saved.x)
         rows = self._rows(saved.subset)
-        axes = rows.axes
-        k = self.k(saved.x.shape[-1] * self.group.size)
+        axes, k = rows.axes, saved.k
 
         def formula(dy: Array, x: Array, w: Array, rstd: Array, eps: Array) -> tuple[Array, dict[str, Array]]:
             z = x * rstd

@@ -91,7 +91,8 @@ class QKNorm:
                         f"QKNorm: the weight of the queries has shape {tuple(q_weight.shape)}, of the keys "
                         f"{tuple(k_weight.shape)}. Per head both have shape (head_dim,)."
                     )
-        self.gain = Gain("QKNorm", q_weight, offset, cast, group)
+        weights = {"q": q_weight, "k": k_weight}
+        self.gains = {name: Gain("QKNorm", weight, offset, cast, group) for name, weight in weights.items()}
         self.rows = Rows(self.axes, eps, compute)
 
     @classmethod
@@ -122,7 +123,7 @@ class QKNorm:
     def _forward(self, name: str, x: Array) -> tuple[Array, SavedRMSNorm]:
         params = self.params[f"{name}_norm"]
         check_features("QKNorm", params, 1, self.group, **{name: x})
-        y, (rstd,), scale = self.rows.forward(partial(normalize, self.axes, self.gain, x), x, params)
+        y, (rstd,), scale = self.rows.forward(partial(normalize, self.axes, self.gains[name], x), x, params)
         return y, SavedRMSNorm(x, rstd, scale)
 
     def _backward(self, name: str, dy: Array, saved: SavedRMSNorm) -> tuple[Array, Array]:
@@ -130,6 +131,6 @@ class QKNorm:
         params = self.params[f"{name}_norm"]
         check_features("QKNorm", params, 1, self.group, dy=dy, **{name: saved.x})
         weight = {"weight": self.rows.widened(params["weight"])}
-        formula = partial(normalize_backward, self.axes, self.gain, saved.x)
+        formula = partial(normalize_backward, self.axes, self.gains[name], saved.x)
         dx, grads = self.rows.backward(formula, dy, saved.x, weight, (saved.rstd,), saved.scale)
         return dx, grads["weight"]

@@ -150,4 +150,4 @@ class RMSNorm:
         if "weight" in params:
             params["weight"] = self.gain.of(params["weight"])
         bare = RMSNorm(eps=self.rows.eps, group=self.axes.group, compute=self.rows.compute)
-        return bare, fold_into(params, linear)
+        return bare, fold_into(params, linear, self.axes.count)

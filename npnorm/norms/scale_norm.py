@@ -26,7 +26,7 @@ import numpy as np
 from npnorm.arrays import Array, array_module, sqrt
 from npnorm.axes import Axes, Features
 from npnorm.blocked import Rows
-from npnorm.group import SOLO, Group
+from npnorm.group import SOLO, Group, everywhere
 from npnorm.layer import check_saved
 from npnorm.norms.checks import check_features, check_place, check_settings, count_axes
 from npnorm.norms.statistics import affine, refine
@@ -107,6 +107,13 @@ class ScaleNorm:
         self.params = {} if weight is None else {"weight": weight}
         self.shards: dict[str, int | None] = dict.fromkeys(self.params)  # replicated
         check_settings(self.layer, self.params, eps, group, "() or (1,)")
+        with everywhere(group):
+            end = 1e18 if compute == "float32" else 1e150
+            if eps and not 1 / end <= eps <= end:
+                raise ValueError(
+                    f"{self.layer}: eps is {eps}. Its square leaves the working precision; choose 0, or {1 / end:.0e} "
+                    f"to {end:.0e}."
+                )
         self.axes = Features(self.layer, group, count_axes(self.layer, {}, axes, group))
         self.rows = Rows(self.axes, eps * eps, compute)
 

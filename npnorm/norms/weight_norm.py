@@ -21,7 +21,7 @@ inputs, forward is one all-reduce, of sum(v^2), and backward one, of dg.
 from functools import partial
 from typing import NamedTuple
 
-from npnorm.arrays import Array, array_module, contiguous, sqrt
+from npnorm.arrays import Array, array_module, contiguous, round_to, sqrt
 from npnorm.axes import Batch
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, everywhere
@@ -80,7 +80,7 @@ class WeightNorm:
         largest = axes.largest(rows)
         largest = xp.where(largest > 0, largest, xp.ones_like(largest))
         lengths = sqrt(axes.sum((rows / largest) ** 2)) * largest
-        return cls(xp.astype(lengths[:, 0, 0], weight.dtype), group=group, compute=compute)
+        return cls(round_to(lengths[:, 0, 0], weight.dtype), group=group, compute=compute)
 
     def forward(self, weight_v: Array) -> tuple[Array, Saved]:
         """Return the weight, of the shape and dtype of weight_v: (outputs, inputs, ...), and what backward needs."""

@@ -356,3 +356,16 @@ def test_a_group_is_counted_over_all_ranks(comm):
 def test_every_norm_with_messages_of_its_own_is_here():
     kinds = {AdaptiveNorm, AddRMSNorm, Derf, DyT, GatedRMSNorm, L2Norm, QKNorm, ScaleNorm, WeightNorm}
     assert {kind.__name__ for kind in kinds} == {name.split()[0].rstrip(",") for name in SPLITS}
+
+
+@pytest.mark.mpi(ranks=2)
+@pytest.mark.parametrize("kind", [LayerNorm, RMSNorm, L2Norm])
+def test_a_row_of_zeros_costs_no_other_message(comm, kind):
+    group = Ranks(comm)
+    x = np.random.default_rng(0).standard_normal((3, 4))
+    kind(group=group).forward(x)
+    expected = dict(group.calls)
+    x[1] = 0
+    other = Ranks(comm)
+    kind(group=other).forward(x)
+    assert dict(other.calls) == expected

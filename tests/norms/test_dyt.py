@@ -139,3 +139,10 @@ def test_a_gradient_of_another_shape_is_refused():
 def test_float32_does_not_compute_float64():
     with pytest.raises(TypeError, match=r"compute='float32' would cut float64 arrays short"):
         DyT(np.array(0.5), compute="float32").forward(np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("x", [0.5, 12.0, 18.0, 40.0, -40.0])
+def test_the_slope_keeps_its_digits_far_out(x):
+    layer, at = DyT(np.array(1.0)), np.array([[x]], "float32")
+    dx, _ = layer.backward(np.ones((1, 1), "float32"), layer.forward(at)[1])
+    same_bits(dx, (1 / np.cosh(at.astype("float64")) ** 2).astype("float32"))

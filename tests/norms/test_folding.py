@@ -113,8 +113,9 @@ def test_a_bias_that_does_not_fit_is_refused():
 
 
 def test_a_norm_over_two_axes_is_refused():
-    with pytest.raises(ValueError, match=r"fold_into: weight of the norm has shape \(2, 7\), the matrix \(5, 7\)"):
-        LayerNorm(np.ones((2, 7))).fold_into(Linear(np.ones((5, 7))))
+    for norm in (LayerNorm(np.ones((2, 7))), LayerNorm(axes=2), RMSNorm(axes=2)):
+        with pytest.raises(ValueError, match=r"fold_into: the norm is over 2 axes, and a linear layer reads one"):
+            norm.fold_into(Linear(np.ones((5, 7))))
 
 
 def test_a_centred_writer_writes_rows_of_mean_0():

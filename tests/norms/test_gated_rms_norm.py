@@ -216,3 +216,10 @@ def test_a_gradient_of_another_shape_is_refused():
 def test_a_weight_of_two_axes_is_refused():
     with pytest.raises(ValueError, match=r"GatedRMSNorm: each parameter must have shape \(features,\), one axis"):
         GatedRMSNorm(np.ones((2, 6)))
+
+
+@pytest.mark.parametrize("gate", [1e200, -600.0, 1e-200])
+def test_a_gate_that_leads_out_of_range_changes_no_more_than_the_sign(gate):
+    x = np.array([[1.0, -1.0], [3.0, 4.0]])
+    y, _ = GatedRMSNorm(eps=0, norm_before_gate=False).forward(x, np.full((2, 2), gate))
+    close(y, np.sign(gate) * RMSNorm(eps=0).forward(x)[0], 1e-15)

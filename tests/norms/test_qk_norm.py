@@ -202,3 +202,11 @@ def test_what_rms_norm_saved_is_refused():
     _, saved = RMSNorm().forward(x)
     with pytest.raises(TypeError, match=r"QKNorm\.backward takes what QKNorm\.forward saved"):
         QKNorm.init(4, "float64").backward(x, x, saved)
+
+
+def test_each_weight_keeps_the_digits_of_its_own_dtype():
+    q = np.array([[1.0, -1.0]])
+    small = np.full(2, 1e-9)
+    (narrow, wide), _ = QKNorm(small.astype("float32"), small, eps=0, offset=1).forward(q, q)
+    same_bits(narrow, q)  # 1 + 1e-9 is 1 in float32
+    close(wide, q * (1 + small), 1e-15)

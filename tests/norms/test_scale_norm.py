@@ -179,3 +179,12 @@ def test_a_gradient_of_another_shape_is_refused():
     _, saved = layer.forward(np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"ScaleNorm: dy has shape \(2, 4\), and the x that was saved \(3, 4\)"):
         layer.backward(np.ones((2, 4)), saved)
+
+
+@pytest.mark.parametrize("kind", [ScaleNorm, L2Norm])
+@pytest.mark.parametrize(("eps", "compute"), [(1e-200, None), (1e200, None), (1e-25, "float32"), (1e20, "float32")])
+def test_an_eps_whose_square_is_out_of_range_is_refused(kind, eps, compute):
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}: eps is .*Its square leaves the working precision; choose 0"
+    ):
+        kind(eps=eps, compute=compute)

@@ -40,7 +40,7 @@ def test_npnorm_is_within_its_bars(dtype):
     seen = 0
     for record, place, cell in measured(dtype):
         if record.norm == "batch" and record.n == 1:
-            assert "its variance says nothing" in record.refusal
+            assert "Its variance says nothing" in record.refusal
             continue
         assert cell.verdict is Verdict.NUMBER, place
         few = dtype == "float64" and record.n <= 3
