@@ -217,7 +217,7 @@ class BatchNorm:
             db, dw = axes.sum(dy, dy * c)
             dw *= rstd
             d = dy - db / n - z * (dw / n)
-            dx = affine(rstd * refine(axes, d, dy, z, eps * rstd * rstd), w)
+            dx = affine(rstd * refine(axes, d, (dy, None), x, eps * rstd * rstd, (mean, rest)), w)
             return dx, {"weight": dw, "bias": db}
 
         statistics = (saved.mean, saved.rest, saved.n, saved.rstd)

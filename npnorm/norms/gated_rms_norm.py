@@ -146,11 +146,12 @@ class GatedRMSNorm:
         ) -> tuple[tuple[Array, Array], dict[str, Array]]:
             s = 1 / (1 + exp(-g))
             silu, dsilu = g * s, s + g * s * (1 - s)
-            z = (x if norm_before_gate else x * silu) * rstd
+            u = x if norm_before_gate else x * silu
+            z = u * rstd
             dn = dy * silu if norm_before_gate else dy  # n = z w
             dz = affine(dn, w)
             d = dz - z * axes.mean(dz * z)
-            du = rstd * refine(axes, d, dz, z, eps * rstd * rstd, centre=False)
+            du = rstd * refine(axes, d, (dn, w), u, eps * rstd * rstd)
             if norm_before_gate:
                 return (du, dy * affine(z, w) * dsilu), {"weight": dn * z}
             return (du * silu, du * x * dsilu), {"weight": dn * z}

@@ -56,7 +56,7 @@ def normalize_backward(
     dz = affine(dy, w)
     mean_dz, mean_dzz = axes.mean(dz, dz * z)
     d = dz - mean_dz - z * mean_dzz
-    dx = rstd * refine(axes, d, dz, z, eps * rstd * rstd)
+    dx = rstd * refine(axes, d, (dy, w), x, eps * rstd * rstd, (mean, rest))
     return dx, {"weight": axes.within(dy * c) * rstd, "bias": dy}  # dy z, and dy
 
 

@@ -147,7 +147,7 @@ class PartialRMSNorm:
             if isinstance(axes, Subset):
                 d = dz - axes.measured(z) * (axes.sum(dz * z) / k)
             else:
-                d = refine(axes, dz - z * axes.mean(dz * z), dz, z, eps * rstd * rstd, centre=False)
+                d = refine(axes, dz - z * axes.mean(dz * z), (dy, w), x, eps * rstd * rstd)
             dx = rstd * d
             return dx, {"weight": dy * z, "bias": dy}  # to be summed over the rows
 

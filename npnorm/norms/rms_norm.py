@@ -53,7 +53,7 @@ def normalize_backward(
     z = x * rstd
     dz = affine(dy, gain.of(w))
     d = dz - z * axes.mean(dz * z)
-    dx = rstd * refine(axes, d, dz, z, eps * rstd * rstd, centre=False)
+    dx = rstd * refine(axes, d, (dy, gain.of(w)), x, eps * rstd * rstd)
     return dx, {"weight": dy * gain.rounded(z, given), "bias": dy}
 
 

@@ -49,7 +49,7 @@ def normalize_backward(
     """Evaluate the backward formula on rows; the gradient of g is still to be summed over them."""
     z = x * rnorm
     sum_dyz = axes.sum(dy * z)
-    d = refine(axes, dy - z * (longer * sum_dyz), dy, longer * z * axes.n(z) ** 0.5, 0 * rnorm, centre=False)
+    d = refine(axes, dy - z * (longer * sum_dyz), (dy, None), x, 0 * rnorm)
     dx = affine(rnorm * d, g)
     return dx, {"weight": sum_dyz}
 

@@ -11,12 +11,14 @@ Alone all three are the same: the mean is subtracted twice, since the first mean
 mean of the rest.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from npnorm.arrays import Array, array_module, dtype_name, sqrt
 from npnorm.axes import Axes
 from npnorm.group import Solo
+from npnorm.norms.pairs import two_product, two_sum
 
 
 class Centred(NamedTuple):
@@ -145,43 +147,63 @@ def centre(axes: Axes, x: Array, form: str, eps: Array) -> Centred:
     return (alone if isinstance(axes.group, Solo) else FORMS[form])(axes, x, eps)
 
 
-def refine(axes: Axes, d: Array, dz: Array, z: Array, eps_share: Array, centre: bool = True) -> Array:
+def refine(
+    axes: Axes,
+    d: Array,
+    dz: tuple[Array, Array | None],
+    x: Array,
+    eps_share: Array,
+    mean: tuple[Array, Array] | None = None,
+) -> Array:
     """Return d = dz - mean(dz) - z mean(dz z), where little is left of dz with the digits that cancelled.
 
-    Of dz = alpha z + p, with p at right angles to z (and to 1), d keeps p and alpha z (1 - mean(z^2)); and
-    1 - mean(z^2) = eps / (var + eps) is known without a subtraction. This matters for rows of one or two elements, and
-    where dz is nearly z. Rows that are split over a group stay as they are: it would be two more messages.
+    With c = x - mean(x), or x for a norm that does not centre, dz is p + beta c + a constant, with p at right angles to
+    c and to 1. Of these d keeps p and beta c (1 - mean(z^2)); and 1 - mean(z^2) = eps / (var + eps) is known without a
+    subtraction. This matters for rows of a few elements, and where dz is nearly z. p is found in pairs of floats, since
+    it may be far below the rounding of dz. Rows that are split over a group stay as they are: they would need messages.
 
     Parameters
     ----------
     d : array
         As the formula has it.
+    dz : pair of arrays
+        dy and w, whose product dz is; w may be None.
+    x : array
     eps_share : array
         eps rstd^2, of each row.
-    centre : bool
-        Whether the norm subtracts the mean.
+    mean : pair of arrays, or None
+        The mean of x and what rounding had left of it; None for a norm that does not centre.
     """
     if not isinstance(axes.group, Solo):
         return d
-    xp = array_module(d)
-    lost = axes.held_square(d) < axes.held_square(dz) / 16
+    xp, (dy, w) = array_module(d), dz
+    lost = axes.held_square(d) < axes.held_square(affine(dy, w)) / 4
     if not bool(xp.any(lost)):
         return d
-    n = max(axes.held(z), 1)
-    square = axes.held_sum(z * z) / n
-    along = xp.where(abs(square) > 0.5, 1 / square, 0 * square)  # a shorter z takes little of dz away
-    if centre:
-        dz = alone(axes, dz).c
-    p, alpha = dz, 0 * square
-    for _ in range(2):  # the second time takes what rounding left
-        step = along * (axes.held_sum(p * z) / n)
-        p = p - z * step
-        alpha = alpha + step
-        if centre:
-            p = alone(axes, p).c
-    by_parts = p + z * (alpha * eps_share)
-    directly = dz - z * (axes.held_sum(dz * z) / n)
-    return xp.where(lost, xp.where(abs(along) > 0, by_parts, directly), d)
+    n = axes.held(x)
+    c, c_rest = (x, 0 * x) if mean is None else _difference(x, *mean)
+    square = axes.held_sum(c * c)
+    along = xp.where(abs(square) > 0, 1 / square, 0 * square)  # a constant row has no direction
+    p, p_rest = (dy, 0 * dy) if w is None else two_product(dy, w)
+    beta = 0 * square
+    for _ in range(3):  # again and again, for what rounding left
+        if mean is not None:
+            p, rest = two_sum(p, -axes.held_sum(p) / n)
+            p_rest = p_rest + rest
+        step = axes.held_sum(p * c) * along
+        part, part_rest = two_product(c, step + 0 * c)
+        p, rest = two_sum(p, -part)
+        p, p_rest = two_sum(p, p_rest + rest - (part_rest + c_rest * step))
+        beta = beta + step
+    found = p + c * (beta * eps_share)
+    return xp.where(lost & (abs(found) < math.inf), found, d)
+
+
+def _difference(x: Array, mean: Array, rest: Array) -> tuple[Array, Array]:
+    """Return x - mean - rest as a pair."""
+    c, first = two_sum(x, -mean)
+    c, second = two_sum(c, -rest)
+    return c, first + second
 
 
 def affine(z: Array, w: Array | None, b: Array | None = None) -> Array:

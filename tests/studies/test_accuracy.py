@@ -26,10 +26,10 @@ def small(dtype, name):
 
 
 def measured(dtype):
-    """Yield npnorm's place, name of the result and cell, for all small cases of all norms."""
+    """Yield npnorm's record, name of the result, place and cell, for all small cases of all norms."""
     for record in run([PEERS["npnorm"]()], list(NORMS), [dtype], SMALL):
         for name, cell in record.cells.items():
-            yield record, f"{record.norm} {record.case} {name}: {cell}", cell
+            yield record, name, f"{record.norm} {record.case} {name}: {cell}", cell
 
 
 # npnorm
@@ -38,13 +38,13 @@ def measured(dtype):
 @DTYPES
 def test_npnorm_is_within_its_bars(dtype):
     seen = 0
-    for record, place, cell in measured(dtype):
+    for record, name, place, cell in measured(dtype):
         if record.norm == "batch" and record.n == 1:
             assert "Its variance says nothing" in record.refusal
             continue
         assert cell.verdict is Verdict.NUMBER, place
-        few = dtype == "float64" and record.n <= 3
-        assert cell.ulps <= (64 if few else bar(record)), place
+        one_sum = dtype == "float64" and record.n <= 3 and name in ("dw", "db")  # few sums, and the largest may cancel
+        assert cell.ulps <= (64 if one_sum else bar(record)), place
         seen += cell.elements
     assert seen > 50_000
 
