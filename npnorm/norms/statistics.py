@@ -180,6 +180,28 @@ def refine(
     lost = axes.held_square(d) < axes.held_square(affine(dy, w)) / 4
     if not bool(xp.any(lost)):
         return d
+    rows = xp.reshape(lost, (-1,))
+
+    def of_rows(a: Array) -> Array:
+        return a[rows] if a.ndim == d.ndim else a  # w may be the same for all rows
+
+    found = _along_and_across(
+        axes,
+        (of_rows(dy), None if w is None else of_rows(w)),
+        of_rows(x),
+        of_rows(eps_share),
+        None if mean is None else (of_rows(mean[0]), of_rows(mean[1])),
+    )
+    refined = xp.astype(d, d.dtype)
+    refined[rows] = xp.where(abs(found) < math.inf, found, of_rows(d))
+    return refined
+
+
+def _along_and_across(
+    axes: Axes, dz: tuple[Array, Array | None], x: Array, eps_share: Array, mean: tuple[Array, Array] | None
+) -> Array:
+    """Return p + beta c eps_share for dz = p + beta c + a constant, as `refine` has it."""
+    xp, (dy, w) = array_module(dz[0]), dz
     n = axes.held(x)
     c, c_rest = (x, 0 * x) if mean is None else _difference(x, *mean)
     square = axes.held_sum(c * c)
@@ -195,8 +217,7 @@ def refine(
         p, rest = two_sum(p, -part)
         p, p_rest = two_sum(p, p_rest + rest - (part_rest + c_rest * step))
         beta = beta + step
-    found = p + c * (beta * eps_share)
-    return xp.where(lost & (abs(found) < math.inf), found, d)
+    return p + c * (beta * eps_share)
 
 
 def _difference(x: Array, mean: Array, rest: Array) -> tuple[Array, Array]:
