@@ -369,3 +369,11 @@ def test_a_row_of_zeros_costs_no_other_message(comm, kind):
     other = Ranks(comm)
     kind(group=other).forward(x)
     assert dict(other.calls) == expected
+
+
+@pytest.mark.mpi(ranks=2)
+def test_shards_say_what_is_split(comm):
+    group, ones = Ranks(comm), np.ones((3, 4))
+    assert DyT(np.array(0.5), ones, ones, group=group).shards == {"alpha": None, "weight": 1, "bias": 1}
+    assert DyT(np.array(0.5), ones[0], group=group).shards == {"alpha": None, "weight": 0}
+    assert DyT(np.array(0.5), ones[0]).shards == {"alpha": None, "weight": None}

@@ -166,3 +166,21 @@ def test_a_dy_of_another_shape_on_one_rank_is_one_error_on_both(comm, kind):
     with pytest.raises(RankError, match=r"rank 1: ValueError: .*: dy has shape \(2, 8\)"):
         norm.backward(x[: 2 if comm.rank == 1 else 3], saved)
     comm.Barrier()
+
+
+@pytest.mark.mpi(ranks=(2, 4))
+@NORMS
+def test_features_of_two_axes_are_split_along_the_last(comm, kind):
+    group = Ranks(comm)
+    rng = np.random.default_rng(7)
+    w, b = rng.normal(size=(2, 3, 8))
+    x, dy = rng.normal(size=(2, 5, 3, 8))
+    serial, split = kind(w, b), kind(group.shard(w, -1), group.shard(b, -1), group=group)
+    y, saved = serial.forward(x)
+    dx, grads = serial.backward(dy, saved)
+    my_y, my_saved = split.forward(group.shard(x, -1))
+    my_dx, my_grads = split.backward(group.shard(dy, -1), my_saved)
+    assert split.shards == {"weight": 1, "bias": 1}
+    pairs = [(my_y, y), (my_dx, dx), *((my_grads[name], grads[name]) for name in grads)]
+    for mine, whole in pairs:
+        np.testing.assert_allclose(mine, group.shard(whole, -1), rtol=1e-12, atol=1e-12)

@@ -188,3 +188,11 @@ def test_an_eps_whose_square_is_out_of_range_is_refused(kind, eps, compute):
         ValueError, match=rf"{kind.__name__}: eps is .*Its square leaves the working precision; choose 0"
     ):
         kind(eps=eps, compute=compute)
+
+
+@pytest.mark.parametrize("dy", [[0.0, 1.0], [1.0, 0.0]])
+def test_a_row_just_as_long_as_eps_has_the_gradient_of_torch(dy):
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.normalize(x, dim=-1, eps=5.0).backward(torch.tensor([dy], dtype=torch.float64))
+    _, saved = L2Norm(eps=5.0).forward(x.detach().numpy())
+    close(L2Norm(eps=5.0).backward(np.array([dy]), saved)[0], x.grad, 1e-15)

@@ -210,3 +210,11 @@ def test_an_unknown_cast_is_refused(kind, name, cast):
 def test_an_offset_without_a_weight_is_refused(bias):
     with pytest.raises(ValueError, match=r"RMSNorm: offset is 1, and there is no weight to add it to\. Leave it out\."):
         RMSNorm(None, bias, offset=1)
+
+
+def test_a_narrow_weight_with_an_offset_lets_the_complex_step_through():
+    w = np.array([0.5, -0.25], "float32")
+    y, _ = RMSNorm(w, eps=0, offset=1).forward(np.array([[3.0 + 1e-30j, 4.0]]))
+    rms = np.sqrt(12.5)
+    slope = (1 / rms - 9 / 2 / rms**3) * 1.5  # of the first element by itself
+    assert y[0, 0].imag == pytest.approx(1e-30 * slope, rel=1e-14)
