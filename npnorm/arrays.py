@@ -75,6 +75,11 @@ def dtype_name(x: Array) -> str:
     return x.dtype.name if isinstance(x.dtype, np.dtype) else str(x.dtype).rpartition(".")[2]
 
 
+def widest(x: Array) -> str:
+    """Return the name of the widest dtype of the kind of `x`: float64, or complex128."""
+    return "complex128" if dtype_name(x) == "complex128" else "float64"
+
+
 def describe(x: Array) -> str:
     """Return shape and dtype of `x` for a message.
 
@@ -143,9 +148,10 @@ def erf(x: Array) -> Array:
 
 
 def square_sum(x: Array) -> Array:
-    """Return the sum of the squared magnitudes over the last axis: fast, for comparisons; its last bits vary."""
+    """Return the sum of the squared magnitudes over the last axis."""
     xp = array_module(x)
-    return np.vecdot(x, x).real if xp is np else xp.sum(abs(x) ** 2, axis=-1)
+    size = abs(x) if xp.isdtype(x.dtype, "complex floating") else x
+    return xp.sum(size * size, axis=-1)
 
 
 def transpose(x: Array) -> Array:

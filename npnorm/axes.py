@@ -32,6 +32,9 @@ class Axes:
     period = 1
     """After how many rows the parameters repeat; a block holds whole periods."""
 
+    extends = False
+    """Whether what is measured may leave the range of x."""
+
     def __init__(self, layer: str, group: Group) -> None:
         self.layer = layer
         self.group = group

@@ -20,7 +20,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
 from npnorm.axes import Axes
-from npnorm.group import Solo, everywhere
+from npnorm.group import Group, Solo, everywhere
 
 BLOCK = 1 << 20
 """Bytes of one operand in a block, in working precision: about a core's L2 cache."""
@@ -30,6 +30,9 @@ SAFE = {"float64": 450, "float32": 50}
 
 LEAST = 24
 """A row divided by 2^LEAST can be summed without overflow."""
+
+END = 2040.0
+"""What is divided by 2^END, or 2^-END, is 0, or infinite."""
 
 
 class Rows:
@@ -43,12 +46,15 @@ class Rows:
         What the norm adds to its mean square; it is scaled as the rows are.
     compute : "float64", "float32" or None
         The working precision; None is float64.
+    group : Group or None
+        The ranks on which an error is raised; None: those of the axes.
     """
 
-    def __init__(self, axes: Axes, eps: float, compute: str | None = None) -> None:
+    def __init__(self, axes: Axes, eps: float, compute: str | None = None, group: Group | None = None) -> None:
         self.axes = axes
+        self.group = group or axes.group
         self.eps = float(eps)  # a Python number takes the precision of the array that it meets
-        with everywhere(axes.group):
+        with everywhere(self.group):
             if compute not in (None, *SAFE):
                 raise ValueError(f"{axes.layer}: compute is {compute!r}. Choose None, 'float64' or 'float32'.")
         self.compute = compute or "float64"
@@ -112,10 +118,12 @@ class Rows:
         statistics: tuple[Array, ...],
         scale: Array | None,
         *others: Array,
+        plus: Array | None = None,
     ) -> tuple[Any, dict[str, Array]]:
         """Evaluate `formula(dy, x, *others, w, *more, *statistics, eps) -> dx, {name: gradient by row}` on all rows.
 
-        The formula is linear in dy. With `others` it returns a tuple: dx, and a gradient for each of them.
+        The formula is linear in dy. With `others` it returns a tuple: dx, and a gradient for each of them. `plus`, of
+        the shape of x, is added to dx before it is rounded.
 
         Returns
         -------
@@ -125,7 +133,9 @@ class Rows:
         """
         xp, work = array_module(x), self._work(x, dy, *params.values())
         rows_dy, *rows = (self.axes.rows(a) for a in (dy, x, *others))
-        with everywhere(self.axes.group):
+        rows_plus = None if plus is None else self.axes.rows(plus)
+        wide = any(self._wide(a) for a in (dy, *params.values()))
+        with everywhere(self.group):
             if any(a.shape[0] != rows_dy.shape[0] for a in statistics):
                 raise ValueError(
                     f"{self.axes.layer}: this norm makes {rows_dy.shape[0]} rows of x, and saved has statistics of "
@@ -137,13 +147,15 @@ class Rows:
             for s in self._blocks(rows[0]):
                 k = None if scale is None else scale[s, ...]
                 block = contiguous(rows_dy[s, ...], work)
-                q = self._dy_out_of_range(block) if self._wide(dy) else None
                 first, *rest = (contiguous(a[s, ...], work) for a in rows)
                 w, _, *more = self._params(params, s, work)
+                q = self._dy_out_of_range(block, w) if wide else None
                 given = *rest, w, *more, *(a[s, ...] for a in statistics), self._scaled_eps(k)
                 d, by_row = formula(_divide(block, q), _divide(first, k), *given)
                 dx, *others_d = d if others else (d,)
                 dx = _divide(dx, k if q is None else -q if k is None else k - q)
+                if rows_plus is not None:
+                    dx = dx + contiguous(rows_plus[s, ...], work)
                 for out, a in zip(outs, (dx, *(_multiply(a, q) for a in others_d)), strict=True):
                     out[s, ...] = round_to(a, out.dtype)
                 for name in params:
@@ -160,12 +172,12 @@ class Rows:
 
     def _params(self, params: dict[str, Array], s: slice, work: Any) -> Iterator[Array | None]:
         for name in dict.fromkeys(("weight", "bias", *params)):
-            yield self.axes.spread(contiguous(params[name], work), s) if name in params else None
+            yield contiguous(self.axes.spread(contiguous(params[name]), s), work) if name in params else None
 
     def _work(self, x: Array, *others: Array) -> Any:
         """Return the working dtype: complex128 for the complex step, which differentiates the very code that runs."""
         names = {dtype_name(a) for a in (x, *others)}
-        with everywhere(self.axes.group):
+        with everywhere(self.group):
             if "float64" in names and self.compute == "float32":
                 raise TypeError(
                     f"{self.axes.layer}: compute='float32' would cut float64 arrays short. Leave compute out for them."
@@ -180,7 +192,7 @@ class Rows:
     def _wide(self, x: Array) -> bool:
         """Return whether squares of x can leave the range of the working precision."""
         same_range = {"float64": ("float64", "complex128"), "float32": ("float32", "bfloat16")}
-        return dtype_name(x) in same_range[self.compute]
+        return self.axes.extends or dtype_name(x) in same_range[self.compute]
 
     def _blocks(self, rows: Array) -> Iterator[slice]:
         count = rows.shape[0]
@@ -214,9 +226,22 @@ class Rows:
         constant = (abs(rstd) == math.inf) & (self.eps > 0)
         return xp.where(constant, xp.full_like(k, LEAST), k) if self.axes.any(constant) else None
 
-    def _dy_out_of_range(self, dy: Array) -> Array | None:
-        """Return the exponent for each row of dy, or None; on a group None: it would be a message each time."""
-        return _exponents(self.axes, dy, SAFE[self.compute]) if isinstance(self.axes.group, Solo) else None
+    def _dy_out_of_range(self, dy: Array, w: Array | None) -> Array | None:
+        """Return the exponent for each row of dy, so that dy w is in range, or None if all are.
+
+        On a group None: it would be a message each time.
+        """
+        if not isinstance(self.axes.group, Solo):
+            return None
+        xp, safe = array_module(dy), SAFE[self.compute]
+        largest = self.axes.largest(dy)
+        of_w = xp.max(abs(w)) if w is not None and w.size else xp.ones_like(largest)
+        usable = (largest > 0) & (largest < math.inf) & (of_w > 0) & (of_w < math.inf)
+        usable = usable & (_outside(largest, safe) | _outside(of_w, safe) | _outside(largest * of_w, safe))
+        if not bool(xp.any(usable)):
+            return None
+        one = xp.ones_like(largest)
+        return xp.floor(xp.log2(xp.where(usable, largest, one))) + xp.floor(xp.log2(xp.where(usable, of_w, one)))
 
 
 @contextmanager
@@ -244,7 +269,9 @@ def _divide(x: Array, k: Array | None) -> Array:
     """Return x / 2^k, in two steps, since 2^k itself may be out of range."""
     if k is None:
         return x
-    half = array_module(k).floor(k / 2)
+    xp = array_module(k)
+    k = xp.where(k > END, xp.full_like(k, END), xp.where(k < -END, xp.full_like(k, -END), k))
+    half = xp.floor(k / 2)
     return x * 2.0**-half * 2.0 ** (half - k)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from npnorm.arrays import Array, array_module, dtype_name, to_numpy
-from npnorm.group import Group
+from npnorm.group import SOLO, Group, everywhere
 
 Tree = Any
 """A leaf, or a dict of names to trees: `{"norm": {"weight": w}, "mlp": {...}}`."""
@@ -117,11 +117,12 @@ def device(x: Array) -> str:
     return str(getattr(x, "device", "host"))
 
 
-def check_saved(layer: str, saved: Any, kind: type) -> None:
-    """Raise one clear error unless `saved` is what this kind of layer saves."""
-    if not isinstance(saved, kind):
-        came = f"{type(saved).__module__}.{type(saved).__qualname__}"
-        raise TypeError(f"{layer}.backward takes what {layer}.forward saved; a {came} came.")
+def check_saved(layer: str, saved: Any, kind: type, group: Group = SOLO) -> None:
+    """Raise one clear error, on every rank of the group, unless `saved` is what this kind of layer saves."""
+    with everywhere(group):
+        if not isinstance(saved, kind):
+            came = f"{type(saved).__module__}.{type(saved).__qualname__}"
+            raise TypeError(f"{layer}.backward takes what {layer}.forward saved; a {came} came.")
 
 
 def check_dtype(layer: str, x: Array, params: Tree) -> None:

@@ -96,16 +96,17 @@ class AdaptiveNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
         """Return (dx, dscale, dshift), of the shapes and dtypes of x, scale and shift; there are no parameters."""
-        check_saved("AdaptiveNorm", saved, Saved)
+        check_saved("AdaptiveNorm", saved, Saved, self.norm.axes.group)
         x, condition, statistics, exponents = saved
         rows = self._rows(condition, dy=dy, x=x)
         norm, axes = self.norm, rows.axes
         centred = isinstance(norm, layer_norm.LayerNorm)
-        if len(statistics) != (3 if centred else 1):
-            raise ValueError(
-                f"AdaptiveNorm: saved has {len(statistics)} statistics, which is not what {type(norm).__name__} saves. "
-                "Hand backward what this very norm saved."
-            )
+        with everywhere(axes.group):
+            if len(statistics) != (3 if centred else 1):
+                raise ValueError(
+                    f"AdaptiveNorm: saved has {len(statistics)} statistics, which is not what {type(norm).__name__} "
+                    "saves. Hand backward what this very norm saved."
+                )
 
         def formula(dy: Array, x_: Array, w: Array, *rest: Array) -> tuple[Array, dict[str, Array]]:
             if isinstance(norm, layer_norm.LayerNorm):

@@ -16,14 +16,16 @@ The residual connection passes by the norm: norm' takes dy alone. On a group the
 communicated is what RMSNorm communicates.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from npnorm.arrays import Array, dtype_name
+from npnorm.arrays import Array, array_module, dtype_name
 from npnorm.group import everywhere
+from npnorm.layer import check_saved
 from npnorm.norms.checks import check_features
-from npnorm.norms.rms_norm import RMSNorm, Saved
+from npnorm.norms.rms_norm import RMSNorm, Saved, normalize_backward
 
 
 class AddRMSNorm:
@@ -63,11 +65,13 @@ class AddRMSNorm:
 
     def backward(self, dy: Array, dh: Array, saved: Saved) -> tuple[tuple[Array, Array], dict[str, Array]]:
         """Return (dx, dresidual), which are equal, and the gradients of the parameters."""
-        d, grads = self.norm.backward(dy, saved)
+        norm = self.norm
+        check_saved("AddRMSNorm", saved, Saved, norm.axes.group)
         self._check(dh=dh, x=saved.x)
-        with np.errstate(all="ignore"):
-            dh = dh + d
-        return (dh, dh), grads
+        check_features("AddRMSNorm", self.params, norm.axes.count, norm.axes.group, dy=dy, x=saved.x)
+        formula = partial(normalize_backward, norm.axes, norm.gain, saved.x)
+        dx, grads = norm.rows.backward(formula, dy, saved.x, self.params, (saved.rstd,), saved.scale, plus=dh)
+        return (dx, array_module(dx).astype(dx, dx.dtype)), grads  # dh + norm'(dy), rounded once
 
     def _check(self, **arrays: Array) -> None:
         axes = self.norm.axes

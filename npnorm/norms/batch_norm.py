@@ -39,7 +39,7 @@ import numpy as np
 from npnorm.arrays import Array, array_module, dtype_name, from_numpy, sqrt, to_numpy
 from npnorm.axes import Batch
 from npnorm.blocked import Rows
-from npnorm.group import SOLO, Group, everywhere
+from npnorm.group import SOLO, Group, Solo, everywhere
 from npnorm.layer import check_saved
 from npnorm.norms.checks import check_channels, check_settings, is_count, is_number
 from npnorm.norms.statistics import affine, centre, centred, refine
@@ -182,11 +182,12 @@ class BatchNorm:
     def inference(self, x: Array) -> tuple[Array, SavedInference]:
         """Return y by the running statistics, and what backward needs; nothing is communicated."""
         self._check(x=x)
-        if self.running_mean is None or self.running_var is None:
-            raise ValueError(
-                "BatchNorm: inference needs running statistics, and none are known. Track a batch first: "
-                "norm.track(saved), or pass running_mean and running_var."
-            )
+        with everywhere(self.axes.group):
+            if self.running_mean is None or self.running_var is None:
+                raise ValueError(
+                    "BatchNorm: inference needs running statistics, and none are known. Track a batch first: "
+                    "norm.track(saved), or pass running_mean and running_var."
+                )
         xp = array_module(x)
         mean, var = (xp.astype(a, xp.float64)[:, None, None] for a in (self.running_mean, self.running_var))
         if not bool(xp.all(var + self.eps > 0)):
@@ -205,7 +206,7 @@ class BatchNorm:
         """Return dx, of the shape and dtype of x, and the complete gradients of the parameters, in their dtypes."""
         if isinstance(saved, SavedInference):
             return self._backward_inference(dy, saved)
-        check_saved("BatchNorm", saved, Saved)
+        check_saved("BatchNorm", saved, Saved, self.axes.group)
         self._check(dy=dy, x=saved.x)
         axes = self.axes
 
@@ -214,8 +215,9 @@ class BatchNorm:
         ) -> tuple[Array, dict[str, Array]]:
             c = centred(x, mean, rest)
             z = c * rstd
-            db, dw = axes.sum(dy, dy * c)
-            dw *= rstd
+            alone = isinstance(axes.group, Solo)  # see times_z
+            db, dw = axes.sum(dy, dy * c if alone else dy * z)
+            dw = dw * rstd if alone else dw
             d = dy - db / n - z * (dw / n)
             dx = affine(rstd * refine(axes, d, (dy, None), x, eps * rstd * rstd, (mean, rest)), w)
             return dx, {"weight": dw, "bias": db}
@@ -244,7 +246,7 @@ class BatchNorm:
         ValueError
             If the batch had a NaN or infinity; the running statistics stay as they were.
         """
-        check_saved("BatchNorm", saved, Saved)
+        check_saved("BatchNorm", saved, Saved, self.axes.group)
         self._check(x=saved.x)
         xp = array_module(saved.mean)
         mean, var, n = saved.mean + saved.rest, saved.var, saved.n

@@ -58,7 +58,7 @@ class Elementwise:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the complete gradients of the parameters, in their dtypes."""
-        check_saved(self.layer, saved, Saved)
+        check_saved(self.layer, saved, Saved, self.axes.group)
         self._check(dy=dy, x=saved.x)
         held_sum = self.axes.held_sum
 

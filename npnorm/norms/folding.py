@@ -12,9 +12,10 @@ arXiv:2305.14858, section 3.
 
 from typing import Any
 
-from npnorm.arrays import Array, array_module, dtype_name, round_to
+from npnorm.arrays import Array, array_module, round_to, widest
 from npnorm.group import everywhere
 from npnorm.layer import check_module
+from npnorm.norms.checks import check_float
 
 
 def fold_into(params: dict[str, Array], linear: Any, axes: int = 1) -> Any:
@@ -49,7 +50,7 @@ def fold_into(params: dict[str, Array], linear: Any, axes: int = 1) -> Any:
                     "The linear layer must read the output of the norm: its inputs are the norm's features."
                 )
     xp = array_module(matrix)
-    wide = xp.complex128 if dtype_name(matrix) == "complex128" else xp.float64
+    wide = getattr(xp, widest(matrix))
     w, b = (xp.astype(params[name], wide) if name in params else None for name in ("weight", "bias"))
     product = xp.astype(matrix, wide)
     if b is not None:
@@ -79,8 +80,9 @@ def centre_writer(params: dict[str, Array], axis: int = 0) -> dict[str, Array]:
     """
     centred = {}
     for name, array in params.items():
+        check_float("centre_writer", name, array)
         xp = array_module(array)
-        wide = xp.astype(array, xp.complex128 if dtype_name(array) == "complex128" else xp.float64)
+        wide = xp.astype(array, getattr(xp, widest(array)))
         mean = xp.mean(wide, axis=min(axis, array.ndim - 1), keepdims=True)
         centred[name] = round_to(wide - mean, array.dtype)
     return centred

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array, exp, sqrt
+from npnorm.arrays import Array, array_module, exp, sqrt
 from npnorm.axes import Groups
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, Solo, everywhere
@@ -34,13 +34,22 @@ from npnorm.norms.checks import check_features, check_settings, is_count
 from npnorm.norms.statistics import affine, refine
 
 
+def sigmoid(g: Array) -> Array:
+    """Return 1 / (1 + exp(-g)), without overflow."""
+    xp = array_module(g)
+    e = exp(xp.where(g > 0, -g, g))
+    return xp.where(g > 0, 1 / (1 + e), e / (1 + e))
+
+
 class Gated(Groups):
     """The groups of x silu(g): what is measured where the gate comes first."""
+
+    extends = True
 
     def measured(self, x: Array, *others: Array) -> Array:
         """Return x silu(g)."""
         (g,) = others
-        return x * (g / (1 + exp(-g)))
+        return x * (g * sigmoid(g))
 
 
 class Saved(NamedTuple):
@@ -124,7 +133,7 @@ class GatedRMSNorm:
         axes, norm_before_gate = self.axes, self.norm_before_gate
 
         def formula(x: Array, g: Array, w: Array, b: None, eps: Array) -> tuple[Array, tuple[Array]]:
-            silu = g / (1 + exp(-g))
+            silu = g * sigmoid(g)
             u = axes.measured(x, g)  # x, or x silu
             rstd = 1 / sqrt(axes.mean(u * u) + eps)
             z = u * rstd
@@ -136,7 +145,7 @@ class GatedRMSNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[tuple[Array, Array], dict[str, Array]]:
         """Return (dx, dgate), of the shapes and dtypes of x and gate, and the gradient of the weight, in its dtype."""
-        check_saved("GatedRMSNorm", saved, Saved)
+        check_saved("GatedRMSNorm", saved, Saved, self.group)
         x, gate, norm_before_gate, rstd, scale = saved
         self._check(dy=dy, x=x)
         axes = self.axes
@@ -144,7 +153,7 @@ class GatedRMSNorm:
         def formula(
             dy: Array, x: Array, g: Array, w: Array, rstd: Array, eps: Array
         ) -> tuple[tuple[Array, Array], dict[str, Array]]:
-            s = 1 / (1 + exp(-g))
+            s = sigmoid(g)
             silu, dsilu = g * s, s + g * s * (1 - s)
             u = x if norm_before_gate else x * silu
             z = u * rstd

@@ -122,7 +122,7 @@ class GroupNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
-        check_saved(self.layer, saved, Saved)
+        check_saved(self.layer, saved, Saved, self.group)
         x, mean, rest, rstd, scale = saved
         rows = self._rows(dy=dy, x=x)
         formula = partial(normalize_backward, rows.axes)

@@ -14,6 +14,8 @@ L2Norm of Megatron-LM divide by the root mean square; that is `RMSNorm` without 
 A row split over the ranks of a group costs one all-reduce forward, of sum(x^2), and one backward, of sum(dy y).
 """
 
+from typing import Any
+
 from npnorm.group import SOLO, Group
 from npnorm.norms.scale_norm import ScaleNorm
 
@@ -50,3 +52,8 @@ class L2Norm(ScaleNorm):
 
     def __init__(self, eps: float = 1e-12, *, axes: int = 1, group: Group = SOLO, compute: str | None = None) -> None:
         super().__init__(None, eps, axes=axes, group=group, compute=compute)
+
+    @classmethod
+    def init(cls, features: int | None = None, dtype: str = "float32", **settings: Any) -> "L2Norm":
+        """Return the norm, which has no parameters, whatever the features and their dtype."""
+        return cls(**settings)

@@ -35,7 +35,7 @@ from npnorm.layer import check_saved
 from npnorm.norms.checks import check_features, check_settings, count_axes
 from npnorm.norms.folding import fold_into
 from npnorm.norms.rms_norm import RMSNorm
-from npnorm.norms.statistics import FORMS, affine, centre, centred, refine
+from npnorm.norms.statistics import FORMS, affine, centre, centred, refine, times_z
 
 
 def normalize(axes: Axes, statistics: str, x: Array, w: Array, b: Array, eps: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -57,7 +57,7 @@ def normalize_backward(
     mean_dz, mean_dzz = axes.mean(dz, dz * z)
     d = dz - mean_dz - z * mean_dzz
     dx = rstd * refine(axes, d, (dy, w), x, eps * rstd * rstd, (mean, rest))
-    return dx, {"weight": axes.within(dy * c) * rstd, "bias": dy}  # dy z, and dy
+    return dx, {"weight": times_z(axes, dy, c, z, rstd), "bias": dy}
 
 
 class Saved(NamedTuple):
@@ -139,7 +139,7 @@ class LayerNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
-        check_saved("LayerNorm", saved, Saved)
+        check_saved("LayerNorm", saved, Saved, self.axes.group)
         x, mean, rest, rstd, scale = saved
         check_features("LayerNorm", self.params, self.axes.count, self.axes.group, dy=dy, x=x)
         formula = partial(normalize_backward, self.axes)

@@ -125,7 +125,7 @@ class PartialRMSNorm:
         axes = rows.axes
 
         def formula(x: Array, w: Array, b: Array, eps: Array) -> tuple[Array, tuple[Array]]:
-            measured = axes.measured(x) if isinstance(axes, Subset) else x
+            measured = axes.measured(x)
             rstd = 1 / sqrt(axes.sum(measured * measured) / k + eps)
             z = x * rstd
             y = affine(z, w, b)
@@ -136,7 +136,7 @@ class PartialRMSNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
-        check_saved("PartialRMSNorm", saved, Saved)
+        check_saved("PartialRMSNorm", saved, Saved, self.group)
         check_features("PartialRMSNorm", self.params, 1, self.group, dy=dy, x=saved.x)
         rows = self._rows(saved.subset)
         axes, k = rows.axes, saved.k

@@ -80,6 +80,8 @@ class QKNorm:
         self.params = {"q_norm": {"weight": q_weight}, "k_norm": {"weight": k_weight}}
         self.axes = Features("QKNorm", group if full_width else SOLO)
         self.group, self.full_width = group, full_width
+        with everywhere(group):
+            group.agree(f"QKNorm with full_width={full_width}")
         axis = 0 if full_width and not isinstance(group, Solo) else None
         self.shards = {"q_norm": {"weight": axis}, "k_norm": {"weight": axis}}
         for params in self.params.values():
@@ -93,7 +95,7 @@ class QKNorm:
                     )
         weights = {"q": q_weight, "k": k_weight}
         self.gains = {name: Gain("QKNorm", weight, offset, cast, group) for name, weight in weights.items()}
-        self.rows = Rows(self.axes, eps, compute)
+        self.rows = Rows(self.axes, eps, compute, group)
 
     @classmethod
     def init(cls, head_dim: int, dtype: str = "float32", **settings: Any) -> "QKNorm":
@@ -109,7 +111,7 @@ class QKNorm:
 
     def backward(self, dq: Array, dk: Array, saved: Saved) -> tuple[tuple[Array, Array], dict[str, Any]]:
         """Return (dq, dk), and the complete gradients of the weights."""
-        check_saved("QKNorm", saved, Saved)
+        check_saved("QKNorm", saved, Saved, self.group)
         dx_q, dw_q = self._backward("q", dq, saved.q)
         dx_k, dw_k = self._backward("k", dk, saved.k)
         if not self.full_width:

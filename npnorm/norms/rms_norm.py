@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array, sqrt
+from npnorm.arrays import Array, array_module, sqrt, widest
 from npnorm.axes import Axes, Features
 from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, Solo
@@ -136,7 +136,7 @@ class RMSNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
-        check_saved("RMSNorm", saved, Saved)
+        check_saved("RMSNorm", saved, Saved, self.axes.group)
         check_features("RMSNorm", self.params, self.axes.count, self.axes.group, dy=dy, x=saved.x)
         formula = partial(normalize_backward, self.axes, self.gain, saved.x)
         return self.rows.backward(formula, dy, saved.x, self.params, (saved.rstd,), saved.scale)
@@ -148,6 +148,7 @@ class RMSNorm:
         """
         params = dict(self.params)
         if "weight" in params:
-            params["weight"] = self.gain.of(params["weight"])
+            xp, w = array_module(params["weight"]), params["weight"]
+            params["weight"] = self.gain.of(xp.astype(w, getattr(xp, widest(w))))
         bare = RMSNorm(eps=self.rows.eps, group=self.axes.group, compute=self.rows.compute)
         return bare, fold_into(params, linear, self.axes.count)

@@ -130,7 +130,7 @@ class ScaleNorm:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, of the shape and dtype of x, and the complete gradient of the weight, in its dtype."""
-        check_saved(self.layer, saved, Saved)
+        check_saved(self.layer, saved, Saved, self.axes.group)
         x, longer, rnorm, scale = saved
         self._check(dy=dy, x=x)
         formula = partial(normalize_backward, self.axes)

@@ -227,6 +227,15 @@ def _difference(x: Array, mean: Array, rest: Array) -> tuple[Array, Array]:
     return c, first + second
 
 
+def times_z(axes: Axes, dy: Array, c: Array, z: Array, rstd: Array) -> Array:
+    """Return dy z, summed within a row where elements share a parameter.
+
+    z = c rstd may be subnormal, where rows are tiny beside eps; then dy c, which is scaled, is summed first. On a group
+    dy is not scaled, and dy c might leave the range.
+    """
+    return axes.within(dy * c) * rstd if isinstance(axes.group, Solo) else axes.within(dy * z)
+
+
 def affine(z: Array, w: Array | None, b: Array | None = None) -> Array:
     """Return z w + b; what the norm does not have is left out."""
     y = z if w is None else z * w

@@ -73,9 +73,15 @@ class WeightNorm:
 
     @classmethod
     def of(cls, weight: Array, *, group: Group = SOLO, compute: str | None = None) -> "WeightNorm":
-        """Return the norm whose lengths are those of the rows of `weight`: forward(weight) is then weight."""
-        xp = array_module(weight)
-        axes = Batch("WeightNorm", group)
+        """Return the norm with the lengths of the rows of `weight`, so that forward(weight) is weight again."""
+        with everywhere(group):
+            check_module("WeightNorm", weight, {}, "weight")
+            check_float("WeightNorm", "weight", weight)
+            if weight.ndim < 2 or 0 in weight.shape:
+                raise ValueError(
+                    f"WeightNorm: weight has shape {tuple(weight.shape)}. It takes (outputs, inputs, ...)."
+                )
+        xp, axes = array_module(weight), Batch("WeightNorm", group)
         rows = contiguous(axes.rows(weight[None, ...]), xp.float64)
         largest = axes.largest(rows)
         largest = xp.where(largest > 0, largest, xp.ones_like(largest))
@@ -91,7 +97,7 @@ class WeightNorm:
 
     def backward(self, dweight: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dweight_v, of the shape and dtype of weight_v, and the gradient of weight_g, in its dtype."""
-        check_saved("WeightNorm", saved, Saved)
+        check_saved("WeightNorm", saved, Saved, self.axes.group)
         weight_v, longer, rnorm, scale = saved
         self._check(dweight=dweight, weight_v=weight_v)
         g = {"weight": self.params["weight_g"]}

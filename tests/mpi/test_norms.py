@@ -184,3 +184,27 @@ def test_features_of_two_axes_are_split_along_the_last(comm, kind):
     pairs = [(my_y, y), (my_dx, dx), *((my_grads[name], grads[name]) for name in grads)]
     for mine, whole in pairs:
         np.testing.assert_allclose(mine, group.shard(whole, -1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.mpi(ranks=2)
+@pytest.mark.parametrize(("of_x", "of_dy"), [(-130, -200), (130, 200)])
+@NORMS
+def test_weight_gradients_of_a_split_row_stay_in_range(comm, kind, of_x, of_dy):
+    group = Ranks(comm)
+    rng = np.random.default_rng(8)
+    x, dy = rng.normal(size=(2, 3, 8)) * [[[10.0**of_x]], [[10.0**of_dy]]]
+    serial, split = kind(np.ones(8), eps=0), kind(group.shard(np.ones(8), -1), eps=0, group=group)
+    _, grads = serial.backward(dy, serial.forward(x)[1])
+    _, my_grads = split.backward(group.shard(dy, -1), split.forward(group.shard(x, -1))[1])
+    np.testing.assert_allclose(my_grads["weight"], group.shard(grads["weight"], -1), rtol=1e-12)
+
+
+@pytest.mark.mpi(ranks=2)
+@NORMS
+def test_what_is_not_saved_on_one_rank_is_one_error_on_both(comm, kind):
+    norm = kind(np.ones(8), group=Ranks(comm))
+    x = np.random.default_rng(0).normal(size=(3, 8))
+    _, saved = norm.forward(x)
+    with pytest.raises(RankError, match=r"rank 1: TypeError: .*backward takes what"):
+        norm.backward(x, "nothing" if comm.rank == 1 else saved)
+    comm.Barrier()

@@ -1,4 +1,5 @@
 import re
+import timeit
 
 import numpy as np
 import pytest
@@ -176,3 +177,13 @@ def test_a_gradient_of_another_shape_is_refused():
     _, saved = layer.forward(np.ones((4, 7)), np.ones((4, 7)), np.ones((4, 7)))
     with pytest.raises(ValueError, match=r"AdaptiveNorm: dy has shape \(3, 7\), and the x that was saved \(4, 7\)"):
         layer.backward(np.ones((3, 7)), saved)
+
+
+def test_many_samples_take_no_longer_than_their_rows():
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal((8192, 512)).astype("float32")
+    adaptive, plain = AdaptiveNorm(RMSNorm()), RMSNorm()
+    times = {}
+    for name, run in (("plain", lambda: plain.forward(x)), ("adaptive", lambda: adaptive.forward(x, x, x))):
+        times[name] = min(timeit.repeat(run, number=1, repeat=3))
+    assert times["adaptive"] < 8 * times["plain"]  # each block once converted all samples: 40 times

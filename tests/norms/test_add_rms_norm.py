@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from npnorm import AddRMSNorm, RMSNorm
-from tests.check import BFLOAT16, check_protocol, close, same_bits
+from tests.check import BFLOAT16, check_protocol, close, rounded, same_bits
 
 DTYPES = pytest.mark.parametrize("dtype", ["float64", "float32", "float16", BFLOAT16], ids=str)
 
@@ -32,7 +32,7 @@ def test_a_row_worked_by_hand():
 
 @DTYPES
 @pytest.mark.parametrize("settings", [{}, {"offset": 1, "cast": "llama"}, {"eps": 0.3}], ids=str)
-def test_in_two_steps_it_is_the_same_bit_for_bit(dtype, settings):
+def test_in_two_steps_it_is_the_same(dtype, settings):
     x, residual, dy, dh, w, b = draw(np.random.default_rng(1), dtype)
     fused, norm = AddRMSNorm(w, b, **settings), RMSNorm(w, b, **settings)
     (y, h), saved = fused.forward(x, residual)
@@ -40,8 +40,30 @@ def test_in_two_steps_it_is_the_same_bit_for_bit(dtype, settings):
     expected_h = x + residual
     expected_y, saved_norm = norm.forward(expected_h)
     d, expected_grads = norm.backward(dy, saved_norm)
-    same_bits({"y": y, "h": h}, {"y": expected_y, "h": expected_h})
-    same_bits({"dx": dx, "dresidual": dresidual, **grads}, {"dx": dh + d, "dresidual": dh + d, **expected_grads})
+    same_bits({"y": y, "h": h, **grads}, {"y": expected_y, "h": expected_h, **expected_grads})
+    same_bits(dx, dresidual)
+    unit = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10}.get(str(dx.dtype), 2.0**-7)
+    close(dx.astype("float64"), (dh + d).astype("float64"), unit)  # which is rounded twice
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", BFLOAT16], ids=str)
+def test_the_gradient_is_rounded_once(dtype):
+    h, _, dy, dh, w, _ = draw(np.random.default_rng(7), dtype)
+    _, saved = AddRMSNorm(w, eps=0.3).forward(h, np.zeros_like(h))
+    (dx, _), _ = AddRMSNorm(w, eps=0.3).backward(dy, dh, saved)
+    wide = [a.astype("float64") for a in (h, dy, w)]
+    norm = RMSNorm(wide[2], eps=0.3)
+    d, _ = norm.backward(wide[1], norm.forward(wide[0])[1])
+    same_bits(dx, rounded(dh.astype("float64") + d, np.dtype(dtype)))
+
+
+def test_what_the_residual_cancels_does_not_overflow_before():
+    _, saved = AddRMSNorm(eps=1e-12).forward(np.full((1, 2), 1e-3, "float16"), np.zeros((1, 2), "float16"))
+    dy, dh = np.array([[100, -100]], "float16"), np.array([[-6e4, 6e4]], "float16")
+    (dx, dresidual), _ = AddRMSNorm(eps=1e-12).backward(dy, dh, saved)
+    assert np.all(np.abs(dx.astype("float64") - [[39969, -39969]]) < 32)
+    dx[:] = 0
+    assert np.all(dresidual != 0)
 
 
 def test_torch_gives_the_same():

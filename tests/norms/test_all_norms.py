@@ -114,3 +114,31 @@ def test_blocks_of_any_size_give_the_same(entry, block, monkeypatch):
     same_bits({"y": came["y"], "dx": came["dx"]}, {"y": expected["y"], "dx": expected["dx"]})
     for (_, a), (_, b) in zip(leaves(came["grads"]), leaves(expected["grads"]), strict=True):
         close(a, b, 1e-14)
+
+
+LINEAR = [
+    entry for entry in CATALOGUE if entry.name in ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "WeightNorm")
+]
+
+
+@pytest.mark.parametrize("entry", LINEAR, ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    ("of_x", "of_dy", "of_w"), [(150, 120, 200), (-280, -130, -200), (0, 0, -300), (200, -300, 250)]
+)
+def test_gradients_are_right_though_their_products_leave_the_range(entry, of_x, of_dy, of_w):
+    params, x, dy = problem(entry, np.random.default_rng(8))
+    powers = [round(power / np.log10(2)) for power in (of_x, of_dy, of_w)]
+    name = "weight_g" if "weight_g" in params else "weight"
+
+    def run_at(x_power, dy_power, w_power):
+        eps = {"eps": 0} if "weight_g" not in params else {}
+        kind = {"GroupNorm": lambda **p: norms.GroupNorm(3, **p)}.get(entry.name) or getattr(norms, entry.name)
+        layer = kind(**params | {name: np.ldexp(params[name], w_power)}, **eps)
+        _, saved = layer.forward(np.ldexp(x, x_power))
+        return layer.backward(np.ldexp(dy, dy_power), saved)
+
+    dx, grads = run_at(*powers)
+    plain, plain_grads = run_at(0, 0, 0)
+    expected = np.ldexp(plain, powers[1] + powers[2] - powers[0])
+    np.testing.assert_allclose(dx, expected, rtol=1e-12, atol=4e-324)
+    close(np.ldexp(grads[name], -powers[1]), plain_grads[name], 1e-14)

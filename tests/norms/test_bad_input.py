@@ -40,7 +40,7 @@ class Norm(NamedTuple):
 ROWS = {"x": (4, 6)}, {"dy": (4, 6)}
 IMAGES = {"x": (4, 6, 5)}, {"dy": (4, 6, 5)}
 WB = {"weight": (6,), "bias": (6,)}
-IN_RMS_NORM = dict.fromkeys(("weight", "bias", "eps", "dy", "saved"), "RMSNorm")
+IN_RMS_NORM = dict.fromkeys(("weight", "bias", "eps"), "RMSNorm")
 
 NORMS = {
     "LayerNorm": Norm(norms.LayerNorm, WB, *ROWS),

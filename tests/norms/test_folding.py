@@ -283,3 +283,16 @@ def test_one_forgotten_writer_is_another_function(forgotten):
     layers = Transformer(PRE_LAYER_NORM, some)
     logits, _ = layers.head.forward(with_rms_norms(layers).forward(layers.embedding.forward(ids)[0])[0])
     assert np.abs(logits - Transformer(PRE_LAYER_NORM, params).forward(ids)[0]).max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_offset_is_added_before_the_weight_is_rounded(dtype):
+    norm = RMSNorm(np.full(2, 2.0**-12, dtype), eps=0, offset=1)
+    x = np.array([[3.0, 4.0]])
+    bare, linear = norm.fold_into(Linear(np.eye(2)))
+    close(linear.forward(bare.forward(x)[0])[0], norm.forward(x)[0], 1e-15)
+
+
+def test_centre_writer_takes_floats_only():
+    with pytest.raises(TypeError, match=r"centre_writer works on float16.*; weight is int64\. Convert it first"):
+        centre_writer({"weight": np.array([[1, 2], [2, 2]])})

@@ -223,3 +223,12 @@ def test_a_gate_that_leads_out_of_range_changes_no_more_than_the_sign(gate):
     x = np.array([[1.0, -1.0], [3.0, 4.0]])
     y, _ = GatedRMSNorm(eps=0, norm_before_gate=False).forward(x, np.full((2, 2), gate))
     close(y, np.sign(gate) * RMSNorm(eps=0).forward(x)[0], 1e-15)
+
+
+@pytest.mark.parametrize(("dtype", "gate"), [("float32", -400.0), ("float32", 1e200), ("float64", -700.0)])
+def test_a_gate_of_any_size_leads_no_dtype_out_of_range(dtype, gate):
+    x = np.array([[1.0, -2.0]], dtype)
+    y, saved = GatedRMSNorm(eps=0, norm_before_gate=False).forward(x, np.full((1, 2), gate))
+    close(y, np.sign(gate) * RMSNorm(eps=0).forward(x)[0], 1e-6)
+    (dx, _), _ = GatedRMSNorm(eps=0, norm_before_gate=False).backward(np.ones((1, 2)), saved)
+    assert np.isfinite(dx).all()

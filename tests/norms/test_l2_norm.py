@@ -157,3 +157,7 @@ def test_rows_without_features_are_refused():
 def test_an_input_of_integers_is_refused():
     with pytest.raises(TypeError, match=r"L2Norm works on float16.*; x is int64\. Convert it first"):
         L2Norm().forward(np.ones((3, 2), "int64"))
+
+
+def test_init_has_nothing_to_make():
+    assert L2Norm.init(8, "float16", eps=0.5).params == {}
