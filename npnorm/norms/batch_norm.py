@@ -227,13 +227,13 @@ class BatchNorm:
 
     def _backward_inference(self, dy: Array, saved: SavedInference) -> tuple[Array, dict[str, Array]]:
         self._check(dy=dy, x=saved.x)
-        axes = self.axes
+        axes, params = self.axes, self.params
 
         def formula(
             dy: Array, x: Array, w: Array, mean: Array, rstd: Array, eps: Array
         ) -> tuple[Array, dict[str, Array]]:
             z = (x - mean) * rstd
-            db, dw = axes.sum(dy, dy * z)
+            db, dw = axes.sum(dy, dy * z) if params else (dy, dy)
             return affine(dy * rstd, w), {"weight": dw, "bias": db}
 
         return self.rows.backward(formula, dy, saved.x, self.params, (saved.mean, saved.rstd), None)
