@@ -189,3 +189,15 @@ def test_a_gradient_of_another_shape_is_refused():
 def test_a_weight_of_integers_is_refused():
     with pytest.raises(TypeError, match=r"WeightNorm works on float16.*; weight_v is int64"):
         WeightNorm(np.ones(5)).forward(np.ones((5, 2), "int64"))
+
+
+@pytest.mark.parametrize("shape", [(3,), (), (3, 0), (0, 4)])
+def test_the_lengths_of_what_is_no_weight_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"WeightNorm: weight has shape {re.escape(str(shape))}\. It takes \(outputs"):
+        WeightNorm.of(np.ones(shape))
+
+
+@pytest.mark.parametrize(("weight", "message"), [([[1.0]], "a list came"), (np.ones((2, 3), int), "weight is int64")])
+def test_the_lengths_of_what_is_not_of_floats_are_refused(weight, message):
+    with pytest.raises(TypeError, match=rf"WeightNorm.*{message}"):
+        WeightNorm.of(weight)
