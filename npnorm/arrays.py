@@ -1,7 +1,7 @@
 """The array module behind an array: NumPy, CuPy, or one of the array API standard whose arrays can be written to.
 
 The layers use operators, and functions of the array API standard that NumPy and CuPy share. This is the only file
-that names CuPy, and it never imports it: a CuPy array cannot exist unless CuPy is already loaded.
+that names CuPy, and it does not load it: a CuPy array cannot exist unless CuPy is already loaded.
 """
 
 import sys
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 8192
-
 Array = Any
 """An array of any module that `array_module` knows."""
+
+PIECE = 8192
+"""Elements of a dot product for which BLAS does not start threads."""
 
 
 def array_module(x: Array) -> Any:

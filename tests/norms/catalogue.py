@@ -15,7 +15,6 @@ class Entry(NamedTuple):
     make: Any  # params -> layer with forward(x) and backward(dy, saved)
     params: dict[str, tuple[int, ...]]
     x: tuple[int, ...]
-    scales: bool = True  # whether z(x, eps) = z(2 x, 4 eps)
 
     def draw(self, rng, dtype="float64"):
         """Return parameters and x."""
@@ -69,7 +68,6 @@ def inputs(build, *names):
 
 W = {"weight": (6,)}
 WB = {"weight": (6,), "bias": (6,)}
-CHANNELS = {"weight": (6,), "bias": (6,)}
 
 CATALOGUE = [
     Entry("LayerNorm", lambda p: norms.LayerNorm(**p, eps=0.3), WB, (2, 5, 6)),
@@ -85,13 +83,13 @@ CATALOGUE = [
     Entry("RMSNorm with offset", lambda p: norms.RMSNorm(**p, eps=0.3, offset=1), W, (2, 5, 6)),
     Entry("PartialRMSNorm", lambda p: norms.PartialRMSNorm(**p, p=0.4, eps=0.3), WB, (2, 5, 6)),
     Entry("PartialRMSNorm of all", lambda p: norms.PartialRMSNorm(**p, p=1, eps=0.3), WB, (2, 5, 6)),
-    Entry("GroupNorm", lambda p: norms.GroupNorm(3, **p, eps=0.3), CHANNELS, (2, 6, 4, 5)),
-    Entry("GroupNorm of one group", lambda p: norms.GroupNorm(1, **p, eps=0.3), CHANNELS, (2, 6, 7)),
-    Entry("GroupNorm without space", lambda p: norms.GroupNorm(2, **p, eps=0.3), CHANNELS, (5, 6)),
-    Entry("InstanceNorm", lambda p: norms.InstanceNorm(**p, eps=0.3), CHANNELS, (2, 6, 4, 5)),
+    Entry("GroupNorm", lambda p: norms.GroupNorm(3, **p, eps=0.3), WB, (2, 6, 4, 5)),
+    Entry("GroupNorm of one group", lambda p: norms.GroupNorm(1, **p, eps=0.3), WB, (2, 6, 7)),
+    Entry("GroupNorm without space", lambda p: norms.GroupNorm(2, **p, eps=0.3), WB, (5, 6)),
+    Entry("InstanceNorm", lambda p: norms.InstanceNorm(**p, eps=0.3), WB, (2, 6, 4, 5)),
     Entry("BatchNorm", lambda p: norms.BatchNorm(**p, eps=0.3), {"weight": (3,), "bias": (3,)}, (4, 3, 2, 5)),
     Entry("BatchNorm without space", lambda p: norms.BatchNorm(**p, eps=0.3), {"weight": (3,), "bias": (3,)}, (4, 3)),
-    Entry("BatchNorm in inference", Pass, {"weight": (3,), "bias": (3,)}, (4, 3, 5), scales=False),
+    Entry("BatchNorm in inference", Pass, {"weight": (3,), "bias": (3,)}, (4, 3, 5)),
     Entry(
         "GatedRMSNorm, norm first",
         inputs(lambda **p: norms.GatedRMSNorm(**p, eps=0.3), "gate"),
@@ -109,7 +107,6 @@ CATALOGUE = [
         inputs(lambda **p: norms.AddRMSNorm(**p, eps=0.3), "residual"),
         WB | {"residual": (2, 5, 6)},
         (2, 5, 6),
-        scales=False,
     ),
     Entry(
         "AdaptiveNorm of LayerNorm",
@@ -128,19 +125,17 @@ CATALOGUE = [
         inputs(lambda **p: norms.QKNorm(**p, eps=0.3), "k"),
         {"q_weight": (6,), "k_weight": (6,), "k": (2, 4, 5, 6)},
         (2, 4, 5, 6),
-        scales=False,
     ),
     Entry(
         "QKNorm over the full width",
         inputs(lambda **p: norms.QKNorm(**p, eps=0.3, full_width=True), "k"),
         {"q_weight": (6,), "k_weight": (6,), "k": (2, 5, 6)},
         (2, 5, 6),
-        scales=False,
     ),
     Entry("ScaleNorm", lambda p: norms.ScaleNorm(**p, eps=0.3), {"weight": (1,)}, (2, 5, 6)),
     Entry("ScaleNorm of short rows", lambda p: norms.ScaleNorm(**p, eps=2.3), {"weight": ()}, (4, 5, 6)),
     Entry("L2Norm", lambda p: norms.L2Norm(), {}, (2, 5, 6)),
     Entry("WeightNorm", lambda p: norms.WeightNorm(**p), {"weight_g": (5, 1, 1)}, (5, 3, 4)),
-    Entry("DyT", lambda p: norms.DyT(**p), {"alpha": (1,), **WB}, (2, 5, 6), scales=False),
-    Entry("Derf", lambda p: norms.Derf(**p), {"alpha": (1,), "shift": (), **WB}, (2, 5, 6), scales=False),
+    Entry("DyT", lambda p: norms.DyT(**p), {"alpha": (1,), **WB}, (2, 5, 6)),
+    Entry("Derf", lambda p: norms.Derf(**p), {"alpha": (1,), "shift": (), **WB}, (2, 5, 6)),
 ]
