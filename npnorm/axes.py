@@ -16,6 +16,7 @@ from typing import Any
 
 from npnorm.arrays import Array, array_module, contiguous, square_sum
 from npnorm.group import SOLO, Group, Solo
+from npnorm.terms import Terms
 
 
 class Axes:
@@ -31,6 +32,9 @@ class Axes:
 
     period = 1
     """After how many rows the parameters repeat; a block holds whole periods."""
+
+    kernel = ""
+    """What `npnorm.kernels` calls these axes; empty where it does not know them."""
 
     extends = False
     """Whether what is measured may leave the range of x."""
@@ -77,6 +81,8 @@ class Axes:
 
     def held_sum(self, rows: Array) -> Array:
         """Return the sum over this rank's part of each row, of shape (rows, 1, ...)."""
+        if isinstance(rows, Terms):
+            return rows.sum_over_row()
         xp, count = array_module(rows), rows.shape[0]
         flat = xp.reshape(rows, (count, self.held(rows)))
         return xp.reshape(xp.sum(flat, axis=-1), (count, *[1] * (rows.ndim - 1)))
@@ -121,6 +127,8 @@ class Axes:
 class Features(Axes):
     """The trailing axes of (..., features), the same parameters for each row; a group splits the last axis."""
 
+    kernel = "Features"
+
     def __init__(self, layer: str, group: Group, count: int = 1) -> None:
         super().__init__(layer, group)
         self.count = count
@@ -157,6 +165,8 @@ class Features(Axes):
 class Subset(Features):
     """The trailing axis, of which a part is measured: where `mask`, of shape (features,), is True."""
 
+    kernel = ""
+
     def __init__(self, layer: str, group: Group, mask: Array) -> None:
         super().__init__(layer, group)
         self.mask = mask
@@ -171,6 +181,8 @@ class Groups(Features):
 
     A group of ranks splits the one group of features, or else each rank holds whole groups.
     """
+
+    kernel = ""
 
     def __init__(self, layer: str, group: Group, groups: int) -> None:
         super().__init__(layer, group if groups == 1 else SOLO)
@@ -193,6 +205,8 @@ class Groups(Features):
 
 class Samples(Features):
     """The trailing axis; parameters of shape (samples, features), for the samples along the first axis of x."""
+
+    kernel = ""
 
     def __init__(self, layer: str, group: Group, x: Array) -> None:
         super().__init__(layer, group)
@@ -230,6 +244,8 @@ class Channels(Axes):
     communicated. Where the groups divide the ranks, several ranks share a group; all sums travel in one message.
     """
 
+    kernel = "Channels"
+
     def __init__(self, layer: str, group: Group, count: int) -> None:
         whole = count % group.size == 0
         super().__init__(layer, SOLO if whole else group)
@@ -261,6 +277,8 @@ class Channels(Axes):
 
     def within(self, d: Array) -> Array:
         """Sum over the space."""
+        if isinstance(d, Terms):
+            return d.sum_over_lane()
         return array_module(d).sum(d, axis=-1, keepdims=True)
 
     def over_rows(self, d: Array) -> Array:
@@ -308,6 +326,8 @@ class Batch(Axes):
 
     A group of ranks splits the batch, equally or not; statistics count.
     """
+
+    kernel = "Batch"
 
     def rows(self, x: Array) -> Array:
         """Return `x` in the shape (C, N, space), without moving it in memory."""

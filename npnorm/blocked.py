@@ -1,38 +1,20 @@
-"""How a row formula is driven: in which precision, in which blocks of rows, at which scale. No mathematics of norms.
+"""How a row formula is driven: fast where that is exact enough, with care where not. No mathematics of norms.
 
-A norm's page gives a formula over rows; what a row is, is said by its axes (`npnorm.axes`). `Rows` evaluates the
-formula in float64, block by block, and rounds once:
-
-* float64 holds the square of any float32, so that float32, float16 and bfloat16 come out correctly rounded over their
-  whole range; and in blocks that stay in cache it is no slower than float32 arrays in memory.
-* Alone, the formula runs on one block of rows after the other. On a group it runs on all its rows at once, so that a
-  statistic is one message; on a GPU too, where every block would be a launch.
-* A norm does not see the scale of a row: z(x, eps) = z(x / 2^k, eps / 4^k). Rows whose squares leave the range are
-  handed to the formula divided by a power of two, which is exact; so are rows of dy, in which backward is linear.
+A norm's page gives a formula over rows; what a row is, is said by its axes (`npnorm.axes`). `Rows` has it evaluated by
+`npnorm.fast`, in cache-sized blocks of rows and by several threads; or, where that does not know the formula or the
+arrays, by `npnorm.careful`: arrays of float64, rows that are split over a group, other array modules, complex numbers.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
+from npnorm.arrays import Array, array_module, dtype_name
 from npnorm.axes import Axes
-from npnorm.group import Group, Solo, everywhere
-
-BLOCK = 1 << 20
-"""Bytes of one operand in a block, in working precision: about a core's L2 cache."""
-
-SAFE = {"float64": 450, "float32": 50}
-"""Numbers between 2^-SAFE and 2^SAFE, and sums of their squares, are in range."""
-
-LEAST = 24
-"""A row divided by 2^LEAST can be summed without overflow."""
-
-END = 2040.0
-"""What is divided by 2^END, or 2^-END, is 0, or infinite."""
+from npnorm.careful import Careful
+from npnorm.fast import Fast
+from npnorm.group import Group, everywhere
 
 
 class Rows:
@@ -43,9 +25,9 @@ class Rows:
     axes : Axes
         What a row is, and the ranks over which it is split.
     eps : float
-        What the norm adds to its mean square; it is scaled as the rows are.
+        What the norm adds to its mean square.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision of the fast way; None is float64. The careful way is always in float64.
     group : Group or None
         The ranks on which an error is raised; None: those of the axes.
     """
@@ -55,9 +37,11 @@ class Rows:
         self.group = group or axes.group
         self.eps = float(eps)  # a Python number takes the precision of the array that it meets
         with everywhere(self.group):
-            if compute not in (None, *SAFE):
+            if compute not in (None, "float64", "float32"):
                 raise ValueError(f"{axes.layer}: compute is {compute!r}. Choose None, 'float64' or 'float32'.")
         self.compute = compute or "float64"
+        self.careful = Careful(axes, self.eps, self.group)
+        self.fast = Fast(axes, self.eps, self.compute, self.careful)
 
     def forward(
         self,
@@ -66,6 +50,7 @@ class Rows:
         params: dict[str, Array],
         *others: Array,
         constants: tuple[Array, ...] = (),
+        out: Array | None = None,
     ) -> tuple[Array, tuple[Array, ...], Array | None]:
         """Evaluate `formula(x, *others, w, b, *more, *constants, eps) -> y, statistics` on all rows.
 
@@ -79,35 +64,27 @@ class Rows:
         params : dict
             May hold "weight", "bias", and more, which come after these two.
         constants : tuple of arrays
-            One number for each row, in working precision.
+            One number for each row, in float64.
+        out : array of the shape and dtype of x, or None
+            Where y is written to.
 
         Returns
         -------
         y : array of the shape and dtype of x
-        statistics : tuple of arrays, one number for each row; of the scaled rows, in working precision
+        statistics : tuple of arrays, one number for each row; of the scaled rows
         scale : array, or None
             The exponent of two for each row: it was divided by 2^scale. None if no row needed it.
         """
-        xp, work = array_module(x), self._work(x, *others, *params.values())
-        rows = [self.axes.rows(a) for a in (x, *others)]
-        out, statistics, scales = xp.empty_like(rows[0]), [], []
-        with _evaluation(_width(rows[0])):
-            for s in self._blocks(rows[0]):
-                first, *rest = (contiguous(a[s, ...], work) for a in rows)
-                given = *rest, *self._params(params, s, work), *(a[s, ...] for a in constants)
-                y, statistic = formula(first, *given, self.eps)
-                k = None
-                for rule in (self._out_of_range, self._constant) if statistic and self._wide(x) else ():
-                    found = rule(self.axes.measured(first, *rest), statistic[-1], k)
-                    if found is None:
-                        break
-                    k = found
-                    y, statistic = formula(_divide(first, k), *given, self._scaled_eps(k))
-                out[s, ...] = round_to(y, x.dtype)
-                statistics.append(statistic)
-                scales.append(k)
-            joined = tuple(xp.concat(a) for a in zip(*statistics, strict=True))
-            return self.axes.restore(out, x), joined, _join(scales, statistics)
+        self._check_dtypes(x, *others, *params.values())
+        self._check_out(out, x, *others)
+        written = None if others else self.fast.written(formula, {"x": x}, params, len(constants))
+        if written is None:
+            y, statistics, scale = self.careful.forward(formula, x, params, *others, constants=constants)
+            return _into(out, y), statistics, scale
+        rows = self.axes.rows(x)
+        y = np.empty_like(rows) if out is None else self.axes.rows(out)
+        statistics, scale = self.fast.forward(written, formula, rows, params, constants, y)
+        return (self.axes.restore(y, x) if out is None else out), statistics, scale
 
     def backward(
         self,
@@ -119,6 +96,7 @@ class Rows:
         scale: Array | None,
         *others: Array,
         plus: Array | None = None,
+        out: Array | None = None,
     ) -> tuple[Any, dict[str, Array]]:
         """Evaluate `formula(dy, x, *others, w, *more, *statistics, eps) -> dx, {name: gradient by row}` on all rows.
 
@@ -131,174 +109,60 @@ class Rows:
         grads : dict
             For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
         """
-        xp, work = array_module(x), self._work(x, dy, *params.values())
-        rows_dy, *rows = (self.axes.rows(a) for a in (dy, x, *others))
-        rows_plus = None if plus is None else self.axes.rows(plus)
-        wide = any(self._wide(a) for a in (dy, *params.values()))
+        self._check_dtypes(x, dy, *others, *params.values())
+        arrays = {"dy": dy, "x": x} | ({} if plus is None else {"plus": plus})
+        self._check_out(out, *arrays.values(), *others)
+        rows = {name: self.axes.rows(a) for name, a in arrays.items()}
         with everywhere(self.group):
-            if any(a.shape[0] != rows_dy.shape[0] for a in statistics):
+            if any(a.shape[0] != rows["dy"].shape[0] for a in statistics):
                 raise ValueError(
-                    f"{self.axes.layer}: this norm makes {rows_dy.shape[0]} rows of x, and saved has statistics of "
+                    f"{self.axes.layer}: this norm makes {rows['dy'].shape[0]} rows of x, and saved has statistics of "
                     f"{statistics[0].shape[0]}. Hand backward what this very norm saved."
                 )
-        outs = [xp.empty_like(a) for a in rows]
-        sums: dict[str, list[Array]] = {name: [] for name in params}
-        with _evaluation(_width(rows[0])):
-            for s in self._blocks(rows[0]):
-                k = None if scale is None else scale[s, ...]
-                block = contiguous(rows_dy[s, ...], work)
-                first, *rest = (contiguous(a[s, ...], work) for a in rows)
-                w, _, *more = self._params(params, s, work)
-                q = self._dy_out_of_range(block, w) if wide else None
-                given = *rest, w, *more, *(a[s, ...] for a in statistics), self._scaled_eps(k)
-                d, by_row = formula(_divide(block, q), _divide(first, k), *given)
-                dx, *others_d = d if others else (d,)
-                dx = _divide(dx, k if q is None else -q if k is None else k - q)
-                if rows_plus is not None:
-                    dx = dx + contiguous(rows_plus[s, ...], work)
-                for out, a in zip(outs, (dx, *(_multiply(a, q) for a in others_d)), strict=True):
-                    out[s, ...] = round_to(a, out.dtype)
-                for name in params:
-                    sums[name] = self.axes.join(sums[name], self.axes.over_rows(_multiply(by_row[name], q)))
-            grads = {
-                name: round_to(self.axes.gradient(sums[name], param), param.dtype) for name, param in params.items()
-            }
-        restored = tuple(self.axes.restore(out, x) for out in outs)
-        return (restored if others else restored[0]), grads
+        if scale is None and not others:
+            written = self.fast.written(formula, arrays, params, len(statistics))
+            if written is not None:
+                dx = np.empty_like(rows["x"]) if out is None else self.axes.rows(out)
+                grads = self.fast.backward(written, formula, rows, params, statistics, dx)
+                if grads is not None:
+                    return (self.axes.restore(dx, x) if out is None else out), grads
+        dx, grads = self.careful.backward(formula, dy, x, params, statistics, scale, *others, plus=plus)
+        return _into(out, dx), grads
 
     def widened(self, param: Array) -> Array:
-        """Return `param` in the working precision, so that backward leaves its gradient unrounded."""
-        return _cast(param, self._work(param))
+        """Return `param` in float64, so that backward leaves its gradient unrounded; complex numbers as they are."""
+        xp = array_module(param)
+        return param if dtype_name(param) == "complex128" else xp.astype(param, xp.float64, copy=False)
 
-    def _params(self, params: dict[str, Array], s: slice, work: Any) -> Iterator[Array | None]:
-        for name in dict.fromkeys(("weight", "bias", *params)):
-            yield contiguous(self.axes.spread(contiguous(params[name]), s), work) if name in params else None
-
-    def _work(self, x: Array, *others: Array) -> Any:
-        """Return the working dtype: complex128 for the complex step, which differentiates the very code that runs."""
-        names = {dtype_name(a) for a in (x, *others)}
+    def _check_dtypes(self, *arrays: Array) -> None:
         with everywhere(self.group):
-            if "float64" in names and self.compute == "float32":
+            if self.compute == "float32" and "float64" in {dtype_name(a) for a in arrays}:
                 raise TypeError(
                     f"{self.axes.layer}: compute='float32' would cut float64 arrays short. Leave compute out for them."
                 )
-            if "complex128" in names and dtype_name(x) != "complex128":
-                raise TypeError(
-                    f"{self.axes.layer}: a parameter or dy is complex128 and x {dtype_name(x)}; imaginary parts would "
-                    "be lost. complex128 is for the complex step; x must have it, too."
+
+    def _check_out(self, out: Array | None, *read: Array) -> None:
+        """Raise unless `out` can be written to while the arrays, of which the last is like x, are read."""
+        if out is None:
+            return
+        x, layer = read[-1], self.axes.layer
+        with everywhere(self.group):
+            if array_module(out) is not array_module(x) or tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
+                raise ValueError(
+                    f"{layer}: out must be an array like x, {tuple(x.shape)} {dtype_name(x)}; {tuple(out.shape)} "
+                    f"{dtype_name(out)} came. Make it by numpy.empty_like(x)."
                 )
-        return getattr(array_module(x), "complex128" if "complex128" in names else self.compute)
-
-    def _wide(self, x: Array) -> bool:
-        """Return whether squares of x can leave the range of the working precision."""
-        same_range = {"float64": ("float64", "complex128"), "float32": ("float32", "bfloat16")}
-        return self.axes.extends or dtype_name(x) in same_range[self.compute]
-
-    def _blocks(self, rows: Array) -> Iterator[slice]:
-        count = rows.shape[0]
-        one_by_one = isinstance(self.axes.group, Solo) and array_module(rows) is np
-        periods = BLOCK // (8 * max(1, _width(rows)) * self.axes.period)
-        step = max(1, periods) * self.axes.period if one_by_one else max(1, count)
-        for start in range(0, max(1, count), step):  # without rows, one empty block
-            yield slice(start, min(start + step, count))
-
-    def _scaled_eps(self, k: Array | None) -> Any:
-        return self.eps if k is None else _divide(_divide(array_module(k).full_like(k, self.eps), k), k)
-
-    def _out_of_range(self, x: Array, rstd: Array, _: None) -> Array | None:
-        """Return the exponent for each row, or None if all are in range: the same on every rank, as rstd is."""
-        xp, safe = array_module(x), SAFE[self.compute]
-        size = abs(rstd)
-        out = _outside(size, safe)
-        if isinstance(self.axes.group, Solo):  # on a group a row of zeros would cost a message
-            out |= size * size * self.eps > 1 - 2.0 ** -(safe // 10)  # x is small beside eps, maybe subnormal
-        if not self.axes.any(out):
-            return None
-        k = _exponents(self.axes, x, safe)
-        if k is not None and self.eps > 0:  # eps / 4^k should not overflow
-            least = math.floor(math.log2(self.eps) / 2) - safe
-            k = xp.where((k != 0) & (k < least), xp.full_like(k, float(least)), k)
-        return k
-
-    def _constant(self, x: Array, rstd: Array, k: Array) -> Array | None:
-        """Return other exponents where rstd is infinite: of a constant row 0 is left, and eps / 4^k has vanished."""
-        xp = array_module(x)
-        constant = (abs(rstd) == math.inf) & (self.eps > 0)
-        return xp.where(constant, xp.full_like(k, LEAST), k) if self.axes.any(constant) else None
-
-    def _dy_out_of_range(self, dy: Array, w: Array | None) -> Array | None:
-        """Return the exponent for each row of dy, so that dy w is in range, or None if all are.
-
-        On a group None: it would be a message each time.
-        """
-        if not isinstance(self.axes.group, Solo):
-            return None
-        xp, safe = array_module(dy), SAFE[self.compute]
-        largest = self.axes.largest(dy)
-        of_w = xp.max(abs(w)) if w is not None and w.size else xp.ones_like(largest)
-        usable = (largest > 0) & (largest < math.inf) & (of_w > 0) & (of_w < math.inf)
-        usable = usable & (_outside(largest, safe) | _outside(of_w, safe) | _outside(largest * of_w, safe))
-        if not bool(xp.any(usable)):
-            return None
-        one = xp.ones_like(largest)
-        return xp.floor(xp.log2(xp.where(usable, largest, one))) + xp.floor(xp.log2(xp.where(usable, of_w, one)))
+            if isinstance(out, np.ndarray) and not (out.flags.c_contiguous and out.flags.writeable):
+                raise ValueError(f"{layer}: out must be writable and in C order. Make it by numpy.empty(x.shape).")
+            if isinstance(out, np.ndarray) and any(np.may_share_memory(out, a) for a in read):
+                raise ValueError(
+                    f"{layer}: out shares memory with an array that is read, and that backward may need. Take another."
+                )
 
 
-@contextmanager
-def _evaluation(width: int) -> Iterator[None]:
-    """Silence floating-point warnings, and set NumPy's ufunc buffer to a row, for this context only.
-
-    NumPy (up to 2.4 at least) copies a broadcast operand into its buffer of 8192 elements again and again; a buffer of
-    one row spares that. LayerNorm of (4096, 1024) float32 takes 0.8 of the time, with the same bits.
-    """
-    with np.errstate(all="ignore"):
-        if 512 <= width < 8192:
-            np.setbufsize(width // 16 * 16)
-        yield
-
-
-def _width(rows: Array) -> int:
-    return math.prod(rows.shape[1:])
-
-
-def _cast(x: Array, dtype: Any) -> Array:
-    return array_module(x).astype(x, dtype, copy=False)
-
-
-def _divide(x: Array, k: Array | None) -> Array:
-    """Return x / 2^k, in two steps, since 2^k itself may be out of range."""
-    if k is None:
-        return x
-    xp = array_module(k)
-    k = xp.where(k > END, xp.full_like(k, END), xp.where(k < -END, xp.full_like(k, -END), k))
-    half = xp.floor(k / 2)
-    return x * 2.0**-half * 2.0 ** (half - k)
-
-
-def _multiply(x: Array, k: Array | None) -> Array:
-    return x if k is None else _divide(x, -k)
-
-
-def _outside(size: Array, safe: int) -> Array:
-    """Return where `size` is not between 2^-safe and 2^safe; a NaN is outside."""
-    return ~((size > 2.0**-safe) & (size < 2.0**safe))
-
-
-def _exponents(axes: Axes, x: Array, safe: int) -> Array | None:
-    """Return the exponent of two for each row whose largest element is outside the safe range, 0 for the others.
-
-    None if there are only others; zeros, infinities and NaNs are among them.
-    """
-    xp, largest = array_module(x), axes.largest(x)
-    usable = _outside(largest, safe) & (largest > 0) & (largest < math.inf)
-    if not axes.any(usable):
-        return None
-    return xp.floor(xp.log2(xp.where(usable, largest, xp.ones_like(largest))))
-
-
-def _join(scales: list[Array | None], statistics: list[tuple[Array, ...]]) -> Array | None:
-    """Return the blocks' exponents as one array, 0 where a block needed none; None if none did."""
-    if all(k is None for k in scales):
-        return None
-    xp = array_module(statistics[0][-1])
-    return xp.concat([xp.zeros_like(abs(st[-1])) if k is None else k for k, st in zip(scales, statistics, strict=True)])
+def _into(out: Array | None, y: Array) -> Array:
+    """Return y, written to `out` if there is one."""
+    if out is None:
+        return y
+    out[...] = y
+    return out

@@ -14,8 +14,8 @@ FILES = {
 }
 ALL = pytest.mark.parametrize("name", FILES)
 
-FLOORS = [{"arrays"}, {"group"}, {"axes", "layer", "mpi"}, {"blocked"}, {"norms"}, {"layers"}, {"blocks", "config"}]
-FLOORS += [{"transformer"}, {"training"}, {"__init__"}, {"studies"}]
+FLOORS = [{"arrays", "threads"}, {"group"}, {"terms"}, {"axes", "kernels", "layer", "mpi"}, {"careful"}, {"fast"}, {"blocked"}, {"norms"}, {"layers"}, {"blocks", "config"}]
+FLOORS += [{"transformer"}, {"training"}, {"__init__"}, {"studies", "bench"}]
 
 
 def part(name):

@@ -19,6 +19,7 @@ from npnorm.arrays import Array, array_module, dtype_name, sqrt
 from npnorm.axes import Axes
 from npnorm.group import Solo
 from npnorm.norms.pairs import two_product, two_sum
+from npnorm.terms import is_written
 
 
 class Centred(NamedTuple):
@@ -33,6 +34,8 @@ class Centred(NamedTuple):
 
 def centred(x: Array, mean: Array, rest: Array) -> Array:
     """Return x - mean(x) from the two parts of the mean."""
+    if is_written(x):
+        return written_centred(x, mean)
     c = x - mean
     c -= rest
     return c
@@ -55,6 +58,25 @@ def alone(axes: Axes, x: Array, eps: Array = 0) -> Centred:
     if bool(xp.any(near_constant)):
         found = around(mean + xp.where(near_constant, found.rest, 0 * found.rest))
     return found
+
+
+def written(axes: Axes, x: Array, eps: Array) -> Centred:
+    """Return the statistics in the textbook's way; rows for which it is not exact enough are found by their mean.
+
+    Where factors fold, var = mean(x^2) - mean(x)^2, and x need not be written without its mean.
+    """
+    n = axes.held(x)
+    mean = axes.held_sum(x) / n
+    c = written_centred(x, mean)
+    var = axes.held_sum(x * x) / n - mean * mean if x.tape.folds else axes.held_sum(c * c) / n
+    return Centred(c, mean, 0 * mean, var, n)
+
+
+def written_centred(x: Array, mean: Array) -> Array:
+    """Return x - mean, and note that the mean, in units of the spread, says how much cancels."""
+    x.tape.means.append(mean)
+    c = x - mean
+    return c if x.tape.folds else c.formed()
 
 
 def two_pass(axes: Axes, x: Array, eps: Array) -> Centred:
@@ -144,6 +166,8 @@ FORMS: dict[str, Form] = {"two-pass": two_pass, "packed": packed, "gathered": ga
 
 def centre(axes: Axes, x: Array, form: str, eps: Array) -> Centred:
     """Return x minus its mean, and the statistics, by the named form where the rows are split over a group."""
+    if is_written(x):
+        return written(axes, x, eps)
     return (alone if isinstance(axes.group, Solo) else FORMS[form])(axes, x, eps)
 
 
@@ -175,6 +199,10 @@ def refine(
         The mean of x and what rounding had left of it; None for a norm that does not centre.
     """
     if not isinstance(axes.group, Solo):
+        return d
+    if is_written(d):
+        whole = affine(*dz)
+        d.tape.cancelling.append((whole, axes.held_sum(whole * d.less(whole))))
         return d
     xp, (dy, w) = array_module(d), dz
     lost = axes.held_square(d) < axes.held_square(affine(dy, w)) / 4

@@ -1,0 +1,326 @@
+"""The fast evaluation of a row formula: written down once, and run over blocks of rows that stay in cache, by threads.
+
+The formula is written down (`npnorm.terms`) and turned into NumPy calls over a block (`npnorm.kernels`), for x of 32
+bits or fewer: in float64, rounded once, which is correctly rounded; or in float32, which is within a few units in the
+last place and takes half the time.
+
+Some rows lose digits this way. Which, is seen in a few numbers for each row, its `Limits`; they are evaluated again by
+`npnorm.careful`. That depends on the row alone. So the bits of a row do not depend on the rows beside it, on the
+blocks, or on the number of threads; and the gradient of a parameter is a sum of the blocks' sums, in their order.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npnorm import kernels
+from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
+from npnorm.axes import Axes
+from npnorm.careful import SAFE, Careful, evaluation, width
+from npnorm.group import Solo
+from npnorm.terms import Tape
+from npnorm.threads import get_threads, share
+
+BLOCK = 1 << 20
+"""Bytes of one operand in a block, in working precision: about a core's L2 cache."""
+
+TASKS = 32
+"""In how many parts, at most, the blocks are handed out to threads; each keeps a sum for each parameter."""
+
+SHARED = 4 << 20
+"""Bytes of x from which threads pay: handing a task over costs about 50 us."""
+
+LANE = 16
+"""The shortest last axis of channels for which the fast way pays."""
+
+NARROW = ("float16", "bfloat16", "float32")
+"""The dtypes whose squares float64 holds, with digits to spare."""
+
+
+class Limits(NamedTuple):
+    """What a row must keep to, so that the fast way is exact enough."""
+
+    mean: float  # the largest mean, in units of the row's spread
+    size: float  # rstd between 2^-size and 2^size
+    square: float  # |dz|^2 between 2^-square and 2^square; 0 is no harm
+    left: float  # the least share of |dz|^2 that is left in dx
+    weight: float  # the largest |w|
+
+
+LIMITS = {
+    "float32": Limits(mean=4.0, size=50, square=100, left=2.0**-4, weight=2.0**20),
+    "float64": Limits(mean=2.0**12, size=SAFE, square=900, left=2.0**-20, weight=2.0**300),
+}
+"""By the working precision."""
+
+
+class Written(NamedTuple):
+    """A formula as a kernel."""
+
+    kernel: kernels.Kernel
+    means: tuple[int, ...]  # backward: which of the statistics are means
+
+
+class Fast:
+    """Evaluates formulas over the rows of arrays by kernels.
+
+    Parameters
+    ----------
+    axes : Axes
+        What a row is.
+    eps : float
+    compute : "float64" or "float32"
+        The working precision.
+    careful : Careful
+        Evaluates the rows that need care.
+    """
+
+    def __init__(self, axes: Axes, eps: float, compute: str, careful: Careful) -> None:
+        self.axes, self.eps, self.compute, self.careful = axes, eps, compute, careful
+        self.limits = LIMITS[compute]
+        self._written: dict[tuple[Any, ...], Written | None] = {}
+
+    def written(
+        self, formula: Callable[..., Any], arrays: dict[str, Array], params: dict[str, Array], numbers: int
+    ) -> Written | None:
+        """Return the formula as a kernel, forward without and backward with a dy; None if only care will do.
+
+        Parameters
+        ----------
+        arrays : dict
+            "x" forward; "dy", "x" and perhaps "plus" backward.
+        numbers : int
+            How many numbers for each row it is given, after the parameters.
+        """
+        x = arrays["x"]
+        known = self.axes.kernel and isinstance(self.axes.group, Solo) and set(params) <= {"weight", "bias"}
+        if not known or array_module(x) is not np or dtype_name(x) not in NARROW or not x.size:
+            return None
+        shape = self.axes.rows(x).shape[1:]
+        if self.axes.kernel == "Features":
+            suits = all(a.size == shape[0] for a in params.values())
+        else:
+            suits = shape[-1] >= LANE
+        w = params.get("weight", np.ones(1))
+        if (
+            not suits
+            or any(a.dtype != x.dtype for a in arrays.values())
+            or not float(abs(w).max()) < self.limits.weight
+        ):
+            return None
+        key = (getattr(formula, "func", formula).__code__, tuple(arrays), x.dtype, shape, tuple(params))
+        if key not in self._written:
+            try:
+                self._written[key] = self._write(formula, tuple(arrays), x.dtype, shape, tuple(params), numbers)
+            except (TypeError, AttributeError):  # an operation that `npnorm.terms` does not have
+                self._written[key] = None
+        return self._written[key]
+
+    def _write(
+        self,
+        formula: Callable[..., Any],
+        arrays: tuple[str, ...],
+        dtype: np.dtype,
+        shape: tuple[int, ...],
+        params: tuple[str, ...],
+        count: int,
+    ) -> Written:
+        tape = Tape(shape, folds=self.axes.kernel != "Features")
+        used = [name for name in params if name == "weight" or "dy" not in arrays]
+        of_params = "row" if self.axes.kernel == "Batch" else "column"
+        given = {name: tape.given(name, of_params) for name in used}
+        numbers = [tape.given(f"s{i}", "row") for i in range(count)]
+        names = (*used, *(f"s{i}" for i in range(count)))
+        casts = dtype != np.dtype(self.compute)  # another byte order, too, is cast
+        kind = kernels.Kind(self.axes.kernel, arrays, names, self.compute, casts)
+        x, w, b = tape.array("x"), given.get("weight"), given.get("bias")
+        if "dy" not in arrays:
+            y, statistics = formula(x, w, b, *numbers, self.eps)
+            return Written(kernels.forward(tape, kind, y, statistics), ())
+        dx, by_row = formula(tape.array("dy"), x, w, *numbers, self.eps)
+        dx = dx + tape.array("plus") if "plus" in arrays else dx
+        kernel = kernels.backward(tape, kind, dx, {name: by_row[name] for name in params})
+        return Written(kernel, tuple(numbers.index(mean) for mean in tape.means))
+
+    def forward(
+        self,
+        written: Written,
+        formula: Callable[..., Any],
+        x: np.ndarray,
+        params: dict[str, Array],
+        constants: tuple[Array, ...],
+        y: np.ndarray,
+    ) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
+        """Write the rows of y; return the statistics, and the scale, as `Careful.forward` has them."""
+        tasks = _tasks(x, self.compute)
+        found: list[Any] = [None] * len(tasks)
+
+        def work(i: int) -> None:
+            found[i] = _joined([written.kernel.run(x[s], *given(s), y[s]) for s in tasks[i]])
+
+        with evaluation(width(x)):
+            given = self._given(params, constants)
+            share(work, len(tasks), _threads(x))
+            flat, means = _joined(found)
+            statistics = tuple(np.reshape(a, (len(x), *[1] * (x.ndim - 1))) for a in flat)
+            careful = ~self._good(means, flat[-1]) if flat else np.zeros(1, bool)
+            if not careful.any():
+                return statistics, None
+            exact = [contiguous(x[careful], np.float64)]
+            own = *self._own(params, x, careful), *(a[careful] for a in constants)
+            of_careful, of_rows, k = self.careful.forward_rows(formula, exact, own, wide=False)
+            y[careful] = round_to(of_careful, y.dtype)
+            statistics = tuple(a.astype(np.float64) for a in statistics)
+            for a, b in zip(statistics, of_rows, strict=True):
+                a[careful] = b
+            return statistics, None
+
+    def backward(
+        self,
+        written: Written,
+        formula: Callable[..., Any],
+        arrays: dict[str, np.ndarray],
+        params: dict[str, Array],
+        statistics: tuple[Array, ...],
+        dx: np.ndarray,
+    ) -> dict[str, Array] | None:
+        """Write the rows of dx; return the gradients, or None if they leave the range of the working precision."""
+        x, weight = arrays["x"], {name: a for name, a in params.items() if name == "weight"}
+        tasks = _tasks(x, self.compute)
+        found: list[Any] = [None] * len(tasks)
+
+        def work(i: int) -> None:
+            of_blocks = [written.kernel.run(*(a[s] for a in arrays.values()), *given(s), dx[s]) for s in tasks[i]]
+            found[i] = self._sums([sums for sums, *_ in of_blocks]), _joined([rest for _, *rest in of_blocks])
+
+        with evaluation(width(x)):
+            given = self._given(weight, statistics)
+            share(work, len(tasks), _threads(x))
+            flat = given(slice(0, len(x)))[len(weight) :]
+            squares, lefts = _joined([rest for _, rest in found])
+            good = self._good([flat[i] * flat[-1] for i in written.means], flat[-1]) if flat else np.ones(len(x), bool)
+            for square, left in zip(squares, lefts, strict=True):
+                good &= self._kept(np.reshape(square, -1), np.reshape(left, -1), arrays["dy"])
+            sums = [sums for sums, _ in found]
+            if not good.all():
+                sums = self._with_care(written, formula, arrays, params, statistics, dx, ~good, sums)
+            grads = {}
+            for name, total in zip(params, self._total(sums, params), strict=True):
+                if not np.all(np.isfinite(total)):
+                    return None
+                grads[name] = round_to(np.reshape(total, params[name].shape), params[name].dtype)
+        return grads
+
+    def _with_care(
+        self,
+        written: Written,
+        formula: Callable[..., Any],
+        arrays: dict[str, np.ndarray],
+        params: dict[str, Array],
+        statistics: tuple[Array, ...],
+        dx: np.ndarray,
+        careful: np.ndarray,
+        sums: list[Any],
+    ) -> list[Any]:
+        """Write dx of the rows that need care; return the sums with their part."""
+        weight = {name: a for name, a in params.items() if name == "weight"}
+        dy, x, *plus = (contiguous(a[careful], np.float64) for a in arrays.values())
+        w, _ = self._own(weight, x=arrays["x"], careful=careful)
+        numbers = [np.asarray(a, np.float64)[careful] for a in statistics]
+        wide = dtype_name(params.get("weight", dy)) == "float64"
+        (d,), own = self.careful.backward_rows(formula, [dy, x], (w, *numbers), None, wide, params)
+        dx[careful] = round_to(d + plus[0] if plus else d, dx.dtype)
+        if self.axes.kernel != "Features":  # numbers for each row
+            fixed = [np.array(a, np.float64) for a in _joined(sums)]
+            for a, name in zip(fixed, params, strict=True):
+                a[careful] = np.reshape(own[name], a[careful].shape)
+            return [tuple(fixed)]
+        tasks, given = _tasks(arrays["x"], self.compute), self._given(weight, statistics)
+        for i, task in enumerate(tasks):
+            picks = [np.arange(s.start, s.stop)[~careful[s]] for s in task]
+            if sum(map(len, picks)) < sum(s.stop - s.start for s in task):
+                of_blocks = [
+                    written.kernel.run(*(a[rows] for a in arrays.values()), *given(rows), np.empty_like(dx[rows]))
+                    for rows in picks
+                ]
+                sums[i] = self._sums([of_block for of_block, *_ in of_blocks])
+        return [*sums, tuple(np.asarray(own[name], np.float64) for name in params)]
+
+    def _sums(self, parts: list[Any]) -> tuple[np.ndarray, ...]:
+        """Return the sums of one task from those of its blocks, in their order."""
+        if self.axes.kernel != "Features":  # numbers for each row
+            return _joined(parts)
+        return tuple(
+            sum((a.astype(np.float64) for a in rest), first.astype(np.float64)) for first, *rest in zip(*parts)
+        )
+
+    def _total(self, sums: list[Any], params: dict[str, Array]) -> list[np.ndarray]:
+        """Return the gradients in float64 from the sums of the tasks, in their order."""
+        if self.axes.kernel == "Features":
+            return [sum(rest, first) for first, *rest in zip(*sums)]
+        if self.axes.kernel == "Batch":
+            return list(_joined(sums))
+        held = [param.shape[0] for param in params.values()]
+        return [
+            np.add.reduce(np.reshape(a, (-1, c)), axis=0, dtype=np.float64)
+            for a, c in zip(_joined(sums), held, strict=True)
+        ]
+
+    def _good(self, means: Any, rstd: np.ndarray) -> np.ndarray:
+        """Return which rows keep to the limits of mean and spread."""
+        size = 2.0**self.limits.size
+        good = (rstd > 1 / size) & (rstd < size)
+        for mean in means:
+            good &= abs(mean) <= self.limits.mean
+        return np.reshape(good, -1)
+
+    def _kept(self, square: np.ndarray, left: np.ndarray, dy: np.ndarray) -> np.ndarray:
+        """Return for which rows dz is in range, or 0, and does not nearly cancel."""
+        size = 2.0**self.limits.square
+        good = (square > 1 / size) & (square < size) & (square + left > self.limits.left * square)
+        zero = np.flatnonzero(square == 0)
+        good[zero] = ~np.any(dy[zero], axis=tuple(range(1, dy.ndim)))
+        return good
+
+    def _given(self, params: dict[str, Array], numbers: tuple[Array, ...]) -> Callable[[Any], tuple[np.ndarray, ...]]:
+        """Return a function that gives parameters and numbers for a block of rows, in working precision."""
+        flat = [np.asarray(contiguous(a, self.compute)) for a in params.values()]
+        by_row = [np.reshape(np.asarray(a, self.compute), self._shape) for a in numbers]
+        if self.axes.kernel == "Features":
+            flat = [np.reshape(a, -1) for a in flat]
+            return lambda s: (*flat, *(a[s] for a in by_row))
+        if self.axes.kernel == "Batch":
+            return lambda s: tuple(a[s] for a in (*flat, *by_row))
+        return lambda s: (*(self.axes.spread(a, s)[..., 0] for a in flat), *(a[s] for a in by_row))
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (-1, 1) if self.axes.kernel == "Channels" else (-1,)
+
+    def _own(self, params: dict[str, Array], x: np.ndarray, careful: np.ndarray) -> tuple[Array | None, ...]:
+        """Return w and b for the rows that need care, in float64."""
+        whole = self.careful.params(params, slice(0, len(x)), np.float64)
+        return tuple(a if a is None or a.ndim < x.ndim else a[careful] for a in whole)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Return tuples of numbers for the rows of all blocks; tuples of such tuples, too."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], (tuple, list)):
+        return tuple(_joined(list(a)) for a in zip(*parts, strict=True))
+    return np.concatenate(parts)
+
+
+def _tasks(rows: np.ndarray, dtype: str) -> list[list[slice]]:
+    """Return the blocks of rows, task by task; they depend on the shape alone."""
+    count = rows.shape[0]
+    step = max(1, BLOCK // (np.dtype(dtype).itemsize * width(rows)))
+    blocks = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    each = -(-len(blocks) // TASKS)
+    return [blocks[i : i + each] for i in range(0, len(blocks), each)]
+
+
+def _threads(rows: np.ndarray) -> int:
+    return get_threads() if rows.nbytes >= SHARED else 1
