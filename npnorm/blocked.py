@@ -119,15 +119,17 @@ class Rows:
                     f"{self.axes.layer}: this norm makes {rows['dy'].shape[0]} rows of x, and saved has statistics of "
                     f"{statistics[0].shape[0]}. Hand backward what this very norm saved."
                 )
+        written = None
         if scale is None and not others:
             written = self.fast.written(formula, arrays, params, len(statistics))
-            if written is not None:
-                dx = np.empty_like(rows["x"]) if out is None else self.axes.rows(out)
-                grads = self.fast.backward(written, formula, rows, params, statistics, dx)
-                if grads is not None:
-                    return (self.axes.restore(dx, x) if out is None else out), grads
-        dx, grads = self.careful.backward(formula, dy, x, params, statistics, scale, *others, plus=plus)
-        return _into(out, dx), grads
+        if written is None:
+            dx, grads = self.careful.backward(formula, dy, x, params, statistics, scale, *others, plus=plus)
+            return _into(out, dx), grads
+        rows_dx = np.empty_like(rows["x"]) if out is None else self.axes.rows(out)
+        found = self.fast.backward(written, formula, rows, params, statistics, rows_dx)
+        if found is None:  # the rows of dx do not depend on this: each was evaluated as it needs
+            _, found = self.careful.backward(formula, dy, x, params, statistics, scale)
+        return (self.axes.restore(rows_dx, x) if out is None else out), found
 
     def widened(self, param: Array) -> Array:
         """Return `param` in float64, so that backward leaves its gradient unrounded; complex numbers as they are."""

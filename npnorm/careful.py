@@ -168,7 +168,7 @@ class Careful:
         wide: bool,
         names: Iterable[str],
     ) -> tuple[tuple[Array, ...], dict[str, Array]]:
-        """Evaluate the formula on a block of rows: dx, ..., and by name gradients of parameters, summed over the rows."""
+        """Evaluate the formula on a block of rows: dx, ..., and gradients by name, summed over the rows."""
         dy, x, *others = arrays
         k, w = scale, given[0]
         q = self._dy_out_of_range(dy, w) if wide else None

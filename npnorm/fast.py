@@ -31,8 +31,11 @@ TASKS = 32
 SHARED = 4 << 20
 """Bytes of x from which threads pay: handing a task over costs about 50 us."""
 
+SHORT = 8
+"""The fewest features for which the fast way pays: of a shorter row, a mean takes most digits."""
+
 LANE = 16
-"""The shortest last axis of channels for which the fast way pays."""
+"""The shortest last axis of channels for which it pays."""
 
 NARROW = ("float16", "bfloat16", "float32")
 """The dtypes whose squares float64 holds, with digits to spare."""
@@ -43,14 +46,15 @@ class Limits(NamedTuple):
 
     mean: float  # the largest mean, in units of the row's spread
     size: float  # rstd between 2^-size and 2^size
+    tiny: float  # the smallest largest |x| of a row that is lost beside eps; 0 is no harm
     square: float  # |dz|^2 between 2^-square and 2^square; 0 is no harm
     left: float  # the least share of |dz|^2 that is left in dx
     weight: float  # the largest |w|
 
 
 LIMITS = {
-    "float32": Limits(mean=4.0, size=50, square=100, left=2.0**-4, weight=2.0**20),
-    "float64": Limits(mean=2.0**12, size=SAFE, square=900, left=2.0**-20, weight=2.0**300),
+    "float32": Limits(mean=4.0, size=50, tiny=2.0**-100, square=100, left=2.0**-2, weight=2.0**20),
+    "float64": Limits(mean=2.0**12, size=SAFE, tiny=0.0, square=900, left=2.0**-20, weight=2.0**300),
 }
 """By the working precision."""
 
@@ -99,7 +103,7 @@ class Fast:
             return None
         shape = self.axes.rows(x).shape[1:]
         if self.axes.kernel == "Features":
-            suits = all(a.size == shape[0] for a in params.values())
+            suits = shape[0] >= SHORT and all(a.size == shape[0] for a in params.values())
         else:
             suits = shape[-1] >= LANE
         w = params.get("weight", np.ones(1))
@@ -164,12 +168,12 @@ class Fast:
             share(work, len(tasks), _threads(x))
             flat, means = _joined(found)
             statistics = tuple(np.reshape(a, (len(x), *[1] * (x.ndim - 1))) for a in flat)
-            careful = ~self._good(means, flat[-1]) if flat else np.zeros(1, bool)
+            careful = ~self._good(x, means, flat[-1]) if flat else np.zeros(1, bool)
             if not careful.any():
                 return statistics, None
             exact = [contiguous(x[careful], np.float64)]
             own = *self._own(params, x, careful), *(a[careful] for a in constants)
-            of_careful, of_rows, k = self.careful.forward_rows(formula, exact, own, wide=False)
+            of_careful, of_rows, _ = self.careful.forward_rows(formula, exact, own, wide=False)
             y[careful] = round_to(of_careful, y.dtype)
             statistics = tuple(a.astype(np.float64) for a in statistics)
             for a, b in zip(statistics, of_rows, strict=True):
@@ -185,7 +189,7 @@ class Fast:
         statistics: tuple[Array, ...],
         dx: np.ndarray,
     ) -> dict[str, Array] | None:
-        """Write the rows of dx; return the gradients, or None if they leave the range of the working precision."""
+        """Write the rows of dx; return the gradients, or None if a NaN or an infinity came into them."""
         x, weight = arrays["x"], {name: a for name, a in params.items() if name == "weight"}
         tasks = _tasks(x, self.compute)
         found: list[Any] = [None] * len(tasks)
@@ -199,7 +203,7 @@ class Fast:
             share(work, len(tasks), _threads(x))
             flat = given(slice(0, len(x)))[len(weight) :]
             squares, lefts = _joined([rest for _, rest in found])
-            good = self._good([flat[i] * flat[-1] for i in written.means], flat[-1]) if flat else np.ones(len(x), bool)
+            good = self._good(x, [flat[i] * flat[-1] for i in written.means], flat[-1]) if flat else np.ones(len(x), bool)
             for square, left in zip(squares, lefts, strict=True):
                 good &= self._kept(np.reshape(square, -1), np.reshape(left, -1), arrays["dy"])
             sums = [sums for sums, _ in found]
@@ -252,13 +256,13 @@ class Fast:
         if self.axes.kernel != "Features":  # numbers for each row
             return _joined(parts)
         return tuple(
-            sum((a.astype(np.float64) for a in rest), first.astype(np.float64)) for first, *rest in zip(*parts)
+            sum((a.astype(np.float64) for a in rest), first.astype(np.float64)) for first, *rest in zip(*parts, strict=True)
         )
 
     def _total(self, sums: list[Any], params: dict[str, Array]) -> list[np.ndarray]:
         """Return the gradients in float64 from the sums of the tasks, in their order."""
         if self.axes.kernel == "Features":
-            return [sum(rest, first) for first, *rest in zip(*sums)]
+            return [sum(rest, first) for first, *rest in zip(*sums, strict=True)]
         if self.axes.kernel == "Batch":
             return list(_joined(sums))
         held = [param.shape[0] for param in params.values()]
@@ -267,13 +271,18 @@ class Fast:
             for a, c in zip(_joined(sums), held, strict=True)
         ]
 
-    def _good(self, means: Any, rstd: np.ndarray) -> np.ndarray:
+    def _good(self, x: np.ndarray, means: Any, rstd: np.ndarray) -> np.ndarray:
         """Return which rows keep to the limits of mean and spread."""
         size = 2.0**self.limits.size
         good = (rstd > 1 / size) & (rstd < size)
         for mean in means:
             good &= abs(mean) <= self.limits.mean
-        return np.reshape(good, -1)
+        good = np.reshape(good, -1)
+        if self.limits.tiny:
+            lost = np.flatnonzero(np.reshape(rstd * rstd * self.eps > 1 - 2.0**-20, -1))
+            largest = abs(x[lost]).max(axis=tuple(range(1, x.ndim)))
+            good[lost] &= (largest == 0) | (largest > self.limits.tiny)
+        return good
 
     def _kept(self, square: np.ndarray, left: np.ndarray, dy: np.ndarray) -> np.ndarray:
         """Return for which rows dz is in range, or 0, and does not nearly cancel."""

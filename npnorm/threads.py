@@ -153,8 +153,8 @@ def share(work: Callable[[int], None], count: int, threads: int | None = None) -
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return memory that this thread has for `name`, to be written to: the same at each call, so it is warm in cache."""
-    kept: dict[tuple[str, Any], np.ndarray] = _scratch.__dict__
+    """Return memory to be written to, which this thread keeps for `name`: the same at each call, so it is in cache."""
+    kept: dict[Any, np.ndarray] = _scratch.__dict__
     size, key = math.prod(shape), (name, dtype)
     if key not in kept or kept[key].size < size:
         kept[key] = np.empty(size, dtype)
