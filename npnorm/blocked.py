@@ -51,6 +51,7 @@ class Rows:
         *others: Array,
         constants: tuple[Array, ...] = (),
         out: Array | None = None,
+        check: Callable[..., None] = lambda **arrays: None,
     ) -> tuple[Array, tuple[Array, ...], Array | None]:
         """Evaluate `formula(x, *others, w, b, *more, *constants, eps) -> y, statistics` on all rows.
 
@@ -67,6 +68,8 @@ class Rows:
             One number for each row, in float64.
         out : array of the shape and dtype of x, or None
             Where y is written to.
+        check : callable
+            `check(x=x)` raises where x does not suit the norm; left out where arrays like x have passed it.
 
         Returns
         -------
@@ -75,6 +78,11 @@ class Rows:
         scale : array, or None
             The exponent of two for each row: it was divided by 2^scale. None if no row needed it.
         """
+        if out is None and not others and not constants:
+            small = self.fast.small_forward(x, params)
+            if small is not None:
+                return small
+        check(x=x)
         self._check_dtypes(x, *others, *params.values())
         self._check_out(out, x, *others)
         written = None if others else self.fast.written(formula, {"x": x}, params, len(constants))
@@ -84,6 +92,8 @@ class Rows:
         rows = self.axes.rows(x)
         y = np.empty_like(rows) if out is None else self.axes.rows(out)
         statistics, scale = self.fast.forward(written, formula, rows, params, constants, y)
+        if not constants:
+            self.fast.remember("x", written, x, rows, params)
         return (self.axes.restore(y, x) if out is None else out), statistics, scale
 
     def backward(
@@ -97,6 +107,7 @@ class Rows:
         *others: Array,
         plus: Array | None = None,
         out: Array | None = None,
+        check: Callable[..., None] = lambda **arrays: None,
     ) -> tuple[Any, dict[str, Array]]:
         """Evaluate `formula(dy, x, *others, w, *more, *statistics, eps) -> dx, {name: gradient by row}` on all rows.
 
@@ -109,6 +120,11 @@ class Rows:
         grads : dict
             For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
         """
+        if out is None and scale is None and plus is None and not others:
+            small = self.fast.small_backward(dy, x, params, statistics)
+            if small is not None:
+                return small
+        check(dy=dy, x=x)
         self._check_dtypes(x, dy, *others, *params.values())
         arrays = {"dy": dy, "x": x} | ({} if plus is None else {"plus": plus})
         self._check_out(out, *arrays.values(), *others)
@@ -127,6 +143,8 @@ class Rows:
             return _into(out, dx), grads
         rows_dx = np.empty_like(rows["x"]) if out is None else self.axes.rows(out)
         found = self.fast.backward(written, formula, rows, params, statistics, rows_dx)
+        if plus is None:
+            self.fast.remember("dy", written, x, rows["x"], params)
         if found is None:  # the rows of dx do not depend on this: each was evaluated as it needs
             _, found = self.careful.backward(formula, dy, x, params, statistics, scale)
         return (self.axes.restore(rows_dx, x) if out is None else out), found

@@ -9,6 +9,7 @@ Some rows lose digits this way. Which, is seen in a few numbers for each row, it
 blocks, or on the number of threads; and the gradient of a parameter is a sum of the blocks' sums, in their order.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ SHARED = 4 << 20
 
 SHORT = 8
 """The fewest features for which the fast way pays: of a shorter row, a mean takes most digits."""
+
+SMALL = 1 << 14
+"""The elements of x up to which blocks, threads and checks that were passed before are left out: most of the time."""
 
 LANE = 16
 """The shortest last axis of channels for which it pays."""
@@ -66,6 +70,16 @@ class Written(NamedTuple):
     means: tuple[int, ...]  # backward: which of the statistics are means
 
 
+class Small(NamedTuple):
+    """What is known of small arrays of one shape and dtype, once they have passed all checks."""
+
+    run: Callable[..., tuple[Any, ...]]
+    means: tuple[int, ...]
+    params: dict[str, np.ndarray]  # these very arrays
+    same: tuple[np.ndarray, ...]  # w and b, where they have the working precision
+    rows: tuple[int, ...]
+
+
 class Fast:
     """Evaluates formulas over the rows of arrays by kernels.
 
@@ -84,6 +98,9 @@ class Fast:
         self.axes, self.eps, self.compute, self.careful = axes, eps, compute, careful
         self.limits = LIMITS[compute]
         self._written: dict[tuple[Any, ...], Written | None] = {}
+        self._small: dict[tuple[Any, ...], Small] = {}
+        beside_eps = math.sqrt((1 - 2.0**-20) / eps) if eps and self.limits.tiny else math.inf
+        self._rstd = 2.0**-self.limits.size, min(2.0**self.limits.size, beside_eps)
 
     def written(
         self, formula: Callable[..., Any], arrays: dict[str, Array], params: dict[str, Array], numbers: int
@@ -163,7 +180,7 @@ class Fast:
         def work(i: int) -> None:
             found[i] = _joined([written.kernel.run(x[s], *given(s), y[s]) for s in tasks[i]])
 
-        with evaluation(width(x)):
+        with evaluation(x.shape[-1]):
             given = self._given(params, constants)
             share(work, len(tasks), _threads(x))
             flat, means = _joined(found)
@@ -198,7 +215,7 @@ class Fast:
             of_blocks = [written.kernel.run(*(a[s] for a in arrays.values()), *given(s), dx[s]) for s in tasks[i]]
             found[i] = self._sums([sums for sums, *_ in of_blocks]), _joined([rest for _, *rest in of_blocks])
 
-        with evaluation(width(x)):
+        with evaluation(x.shape[-1]):
             given = self._given(weight, statistics)
             share(work, len(tasks), _threads(x))
             flat = given(slice(0, len(x)))[len(weight) :]
@@ -215,6 +232,71 @@ class Fast:
                     return None
                 grads[name] = round_to(np.reshape(total, params[name].shape), params[name].dtype)
         return grads
+
+    def small_forward(self, x: Array, params: dict[str, Array]) -> tuple[Array, tuple[Array, ...], None] | None:
+        """Return what `forward` does, for small arrays of a kind that came before; None for others, or for care."""
+        known = self._known("x", x, params)
+        if known is None:
+            return None
+        rows = x if x.ndim == 2 else x.reshape(known.rows)
+        y = np.empty(known.rows, x.dtype)
+        with np.errstate(all="ignore"):
+            flat, means = known.run(rows, *(known.same or self._cast(known.params)), y)
+        if not _within(flat[-1], *self._rstd):
+            return None
+        for mean in means:
+            if not _within(mean, -self.limits.mean, self.limits.mean):
+                return None
+        return (y if x.ndim == 2 else y.reshape(x.shape)), tuple([a[:, None] for a in flat]), None
+
+    def small_backward(
+        self, dy: Array, x: Array, params: dict[str, Array], statistics: tuple[Array, ...]
+    ) -> tuple[Array, dict[str, Array]] | None:
+        """Return dx and gradients, for small arrays of a kind that came before; None for others, or for care."""
+        known = self._known("dy", x, params)
+        if known is None or type(dy) is not np.ndarray or dy.shape != x.shape or dy.dtype != x.dtype or not _plain(dy):
+            return None
+        numbers = [a.reshape(-1) for a in statistics if a.dtype == self.compute]
+        if len(numbers) < len(statistics) or len(numbers[-1]) != known.rows[0]:
+            return None
+        dx, limits = np.empty(known.rows, x.dtype), self.limits
+        with np.errstate(all="ignore"):
+            weight = (known.same or self._cast(known.params))[: "weight" in known.params]
+            sums, (square,), (left,) = known.run(dy.reshape(known.rows), x.reshape(known.rows), *weight, *numbers, dx)
+            good = (
+                all(w.dot(w) < limits.weight**2 for w in weight)
+                and _within(numbers[-1], *self._rstd)
+                and all(_within(numbers[i] * numbers[-1], -limits.mean, limits.mean) for i in known.means)
+                and _within(square, 2.0**-limits.square, 2.0**limits.square)
+                and _within(left / square, limits.left - 1, math.inf)
+                and all(a.dot(a) < math.inf for a in sums)
+            )
+            if not good:
+                return None
+            grads = {n: round_to(a, p.dtype) for (n, p), a in zip(known.params.items(), sums, strict=True)}
+        return (dx if x.ndim == 2 else dx.reshape(x.shape)), grads
+
+    def _known(self, which: str, x: Array, params: dict[str, Array]) -> Small | None:
+        if type(x) is not np.ndarray:
+            return None
+        known = self._small.get((which, x.shape, x.dtype))
+        if known is None or not _plain(x):
+            return None
+        for name, a in known.params.items():
+            if params.get(name) is not a:
+                return None
+        return known
+
+    def _cast(self, params: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        return tuple([a.astype(self.compute, copy=False) for a in params.values()])
+
+    def remember(self, which: str, written: Written, x: np.ndarray, rows: np.ndarray, params: dict[str, Array]) -> None:
+        """Note that small arrays like these have passed all checks."""
+        plain = all(type(a) is np.ndarray and a.ndim == 1 and _plain(a) for a in params.values())
+        if self.axes.kernel == "Features" and x.size <= SMALL and plain and type(x) is np.ndarray:
+            key = (which, x.shape, x.dtype)
+            same = tuple(params.values()) if all(a.dtype == self.compute for a in params.values()) else ()
+            self._small[key] = Small(written.kernel.once, written.means, dict(params), same, rows.shape)
 
     def _with_care(
         self,
@@ -311,6 +393,21 @@ class Fast:
         """Return w and b for the rows that need care, in float64."""
         whole = self.careful.params(params, slice(0, len(x)), np.float64)
         return tuple(a if a is None or a.ndim < x.ndim else a[careful] for a in whole)
+
+
+def _plain(x: np.ndarray) -> bool:
+    """Return whether x is in C order and aligned."""
+    return x.flags.num & 0x101 == 0x101  # as flags.c_contiguous and flags.aligned, in a third of the time
+
+
+def _within(a: np.ndarray, low: float, high: float) -> bool:
+    """Return whether all numbers lie between two; a NaN does not."""
+    if a.size > 16:
+        return bool(((a > low) & (a < high)).all())
+    for value in a.tolist():  # for a few numbers this takes a third of the time
+        if not low < value < high:
+            return False
+    return True
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -3,8 +3,9 @@
 The levers, each measured on blocks that stay in cache (float32, microseconds for 256 KiB, one core of a Zen 4):
 
     vecdot          a sum of squares or products without the product in memory: 4, where multiply and add.reduce take 18
-    einsum          a sum over rows, 'ij->i': 5, where add.reduce takes 12; over columns, 'i,ij->j', without the threads
-                    of BLAS, which would fight with ours
+                    a sum is a product with ones: 4, where add.reduce takes 12
+    einsum          a sum over columns, 'i,ij->j': 8; a matrix-vector product takes 4, but BLAS would start threads,
+                    which fight with ours
     in place        y *= r: 5 to 7, where z = y * r takes 8 to 10: no other memory is touched
     scratch         memory that a thread keeps: new memory costs a page fault for each 4 KiB
     ufunc buffer    of the length of a row, see `npnorm.blocked`: halves y * r and y * w
@@ -30,7 +31,7 @@ def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return sum(np.vecdot(a[..., i : i + PIECE], b[..., i : i + PIECE]) for i in cuts)
 
 
-NAMES = {
+NAMES: dict[str, Any] = {
     "add": np.add,
     "subtract": np.subtract,
     "multiply": np.multiply,
@@ -59,7 +60,7 @@ class Sums(NamedTuple):
 
 
 SUMS = {
-    "Features": Sums("{}[:, None]", "einsum('ij->i', {})", "{}"),
+    "Features": Sums("{}[:, None]", "{vecdot}({}, ones)", "{}"),
     "Channels": Sums("{}[..., None]", "einsum('ijk->ij', {})", "reduce({}, axis=1, keepdims=True)"),
     "Batch": Sums("{}[:, None, None]", "einsum('ijk->i', {})", "reduce({}, axis=1)"),
 }
@@ -79,13 +80,14 @@ class Kernel(NamedTuple):
     """A function over a block, and its source."""
 
     run: Callable[..., tuple[Any, ...]]
+    once: Callable[..., tuple[Any, ...]]  # the same for a small array: it keeps no memory
     source: str
 
 
 def forward(tape: Tape, kind: Kind, y: Terms, statistics: tuple[Factor, ...]) -> Kernel:
     """Return `run(*arrays, *numbers, y) -> statistics, means`: it writes y."""
     means = [tape.times(mean, statistics[-1]) for mean in tape.means]
-    writer = _Writer(tape, kind, (y, *statistics, *means))
+    writer = _Writer(tape, kind, (y, *statistics, *means), column_first=False)
     returned = f"({writer.row(statistics)}), ({writer.row(means)})"
     writer.write(y, "y")
     return writer.kernel("y", returned)
@@ -97,7 +99,7 @@ def backward(tape: Tape, kind: Kind, dx: Terms, grads: dict[str, Terms | Factor]
     The gradients are the sums over the rows of the block. Of |dz|^2 = squares, squares + left is not cancelled.
     """
     lefts = [left for _, left in tape.cancelling]
-    writer = _Writer(tape, kind, (dx, *grads.values(), *lefts))
+    writer = _Writer(tape, kind, (dx, *grads.values(), *lefts), column_first=True)
     sums = [writer.columns(grad) if isinstance(grad, Terms) else writer.value(grad) for grad in grads.values()]
     lost = writer.row(lefts)
     squares: list[str] = []
@@ -109,13 +111,18 @@ def backward(tape: Tape, kind: Kind, dx: Terms, grads: dict[str, Terms | Factor]
 
 
 class _Writer:
-    """Writes a tape as lines of Python; each value once."""
+    """Writes a tape as lines of Python; each value once.
 
-    def __init__(self, tape: Tape, kind: Kind, results: tuple[Any, ...]) -> None:
-        self.tape, self.kind, self.results = tape, kind, results
+    Forward an array takes the row's factor before the column's: x rstd is in range where x w need not be. Backward dy w
+    comes first, whose square is wanted.
+    """
+
+    def __init__(self, tape: Tape, kind: Kind, results: tuple[Any, ...], column_first: bool) -> None:
+        self.tape, self.kind, self.results, self.column_first = tape, kind, results, column_first
         self.sums = SUMS[kind.axes]
         self.vecdot = "vecdot" if tape.shape[-1] <= PIECE else "dot"
         self.lines: list[str] = []
+        self.numbers: dict[str, np.ndarray] = {}
         self.values: dict[Any, str] = {}
         self.arrays = {name: name for name in kind.arrays}
         self.owned: set[str] = set()  # variables of arrays that may be written to
@@ -127,10 +134,13 @@ class _Writer:
         """Return the function of what was written."""
         lines = [*self.lines, f"return {returned}"]
         parameters = ", ".join((*self.kind.arrays, *self.kind.numbers, out))
-        source = "\n    ".join((f"def run({parameters}):", *lines)) + "\n"
-        names = dict(NAMES)
-        exec(compile(source, "<npnorm.kernels>", "exec"), names)
-        return Kernel(names["run"], source)  # type: ignore[arg-type]
+        numbers = "".join(f"# {name} = {float(value)!r}\n" for name, value in self.numbers.items())
+        source = numbers + "\n    ".join((f"def run({parameters}):", *lines)) + "\n"
+        names = NAMES | self.numbers | {"ones": np.ones(self.tape.shape[-1], self.kind.work)}
+        code = compile(source, "<npnorm.kernels>", "exec")
+        exec(code, in_blocks := dict(names))
+        exec(code, at_once := names | {"scratch": lambda _, shape, dtype: np.empty(shape, dtype)})
+        return Kernel(in_blocks["run"], at_once["run"], source)
 
     def write(self, terms: Terms, out: str, squares: list[str] | None = None) -> None:
         """Write the result."""
@@ -160,7 +170,7 @@ class _Writer:
     def value(self, factor: Factor | None) -> str:
         """Write a factor; return its variable, or the number."""
         if factor is None:
-            return "1.0"
+            return self._number(1.0)
         if factor not in self.values:
             self.values[factor] = self._value(factor)
         return self.values[factor]
@@ -169,11 +179,18 @@ class _Writer:
         if factor.op == "given":
             return factor.operands[0]
         if factor.op == "number":
-            return repr(factor.operands[0])
+            return self._number(factor.operands[0])
         if factor.op in ("row", "lane"):
             return self._sum(factor.operands[0], factor.op)
-        operands = (self.value(o) if isinstance(o, Factor) else repr(float(o)) for o in factor.operands)
+        operands = (self.value(o) if isinstance(o, Factor) else self._number(o) for o in factor.operands)
         return self._new(f"{factor.op}({', '.join(operands)})")
+
+    def _number(self, number: float) -> str:
+        """Return the variable of a number: as an array without axes, which NumPy takes in half the time."""
+        known = (name for name, value in self.numbers.items() if float(value) == float(value.dtype.type(number)))
+        name = next(known, f"k{len(self.numbers)}")
+        self.numbers[name] = np.array(number, self.kind.work)
+        return name
 
     def _sum(self, terms: Terms, over: str) -> str:
         """Write the sum of terms over each row, or over the last axis."""
@@ -195,11 +212,11 @@ class _Writer:
 
     def _total_line(self, column: Factor | None, base: tuple[str, ...]) -> str:
         if not base:
-            return repr(float(self.tape.shape[-1])) if column is None else f"reduce({self.value(column)})"
+            return self._number(float(self.tape.shape[-1])) if column is None else f"reduce({self.value(column)})"
         if column is not None:
             return f"{self.vecdot}({self._product(base)}, {self.value(column)})"
         if len(base) == 1:
-            return self.sums.total.format(self._array(base[0]))
+            return self.sums.total.format(self._array(base[0]), vecdot=self.vecdot)
         total = f"{self.vecdot}({self._array(base[0])}, {self._array(base[1])})"
         return self.sums.row.format(total) if self.kind.axes == "Batch" else total
 
@@ -216,8 +233,6 @@ class _Writer:
                 into = "y"
             else:
                 into = self._buffer(f"{name}_")
-            for term in terms.terms:
-                self.value(term.row)
             self._form(terms, into, leading)
             self.arrays[name] = into
             self.owned.add(into)
@@ -241,13 +256,14 @@ class _Writer:
     def _form(self, terms: Terms, out: str, leading: Term, squares: list[str] | None = None) -> None:
         """Write the sum of terms into an array, term by term; note the squares of column x array of the first."""
         for term in terms.terms:  # numbers before arrays, which are written over
-            self.value(term.row)
-            self.value(term.column)
+            for factor in (term.row, term.column):
+                self.value(factor.operands[0] if factor is not None and factor.op == "negative" else factor)
         constants = [f for t in terms.terms if not t.base for f in (t.row, t.column) if f is not None]
         for term in (leading, *(t for t in terms.terms if t is not leading and t.base)):
             array = self._array(term.base[0])
             into = out if term is leading else array if array in self.owned else ""
-            for factor in (f for f in (term.column, term.row) if f is not None):
+            factors = (term.column, term.row) if self.column_first else (term.row, term.column)
+            for factor in (f for f in factors if f is not None):
                 into = into or self._buffer("t_")
                 self.lines.append(f"multiply({array}, {self._spread(factor)}, out={into})")
                 array = into
@@ -256,11 +272,16 @@ class _Writer:
             if term is not leading:
                 self.lines.append(f"add({out}, {array}, out={out})")
             elif array != out and constants:
-                self.lines.append(f"add({array}, {self._spread(constants.pop(0))}, out={out})")
+                self._add(array, constants.pop(0), out)
             elif array != out:
                 self.lines.append(f"copyto({out}, {array})")
         for factor in constants:
-            self.lines.append(f"add({out}, {self._spread(factor)}, out={out})")
+            self._add(out, factor, out)
+
+    def _add(self, array: str, factor: Factor, out: str) -> None:
+        """Write the sum of an array and numbers."""
+        op, number = ("subtract", factor.operands[0]) if factor.op == "negative" else ("add", factor)
+        self.lines.append(f"{op}({array}, {self._spread(number)}, out={out})")
 
     def _spread(self, factor: Factor) -> str:
         """Return a factor so that it meets an array."""

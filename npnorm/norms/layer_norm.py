@@ -130,20 +130,21 @@ class LayerNorm:
         """Return the norm with a weight of ones and a bias of zeros."""
         return cls(np.ones(features, dtype), np.zeros(features, dtype), **settings)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
-        """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
-        check_features("LayerNorm", self.params, self.axes.count, self.axes.group, x=x)
+    def forward(self, x: Array, out: Array | None = None) -> tuple[Array, Saved]:
+        """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`."""
         formula = partial(normalize, self.axes, self.statistics)
-        y, (mean, rest, rstd), scale = self.rows.forward(formula, x, self.params)
+        y, (mean, rest, rstd), scale = self.rows.forward(formula, x, self.params, out=out, check=self._check)
         return y, Saved(x, mean, rest, rstd, scale)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
-        """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
+    def backward(self, dy: Array, saved: Saved, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        """Return dx, of the shape and dtype of x, and the gradients of the parameters; dx is written to `out`."""
         check_saved("LayerNorm", saved, Saved, self.axes.group)
         x, mean, rest, rstd, scale = saved
-        check_features("LayerNorm", self.params, self.axes.count, self.axes.group, dy=dy, x=x)
-        formula = partial(normalize_backward, self.axes)
-        return self.rows.backward(formula, dy, x, self.params, (mean, rest, rstd), scale)
+        formula, statistics = partial(normalize_backward, self.axes), (mean, rest, rstd)
+        return self.rows.backward(formula, dy, x, self.params, statistics, scale, out=out, check=self._check)
+
+    def _check(self, **arrays: Array) -> None:
+        check_features("LayerNorm", self.params, self.axes.count, self.axes.group, **arrays)
 
     def fold_into(self, linear: Any) -> tuple["LayerNorm", Any]:
         """Return this norm without weight and bias, and a copy of the `Linear` that reads it which has taken them in.

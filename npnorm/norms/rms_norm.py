@@ -126,20 +126,21 @@ class RMSNorm:
         """Return the norm with a gain of ones (offset + weight) and no bias."""
         return cls(np.full(features, 1 - settings.get("offset", 0), dtype), **settings)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
-        """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
-        check_features("RMSNorm", self.params, self.axes.count, self.axes.group, x=x)
-
+    def forward(self, x: Array, out: Array | None = None) -> tuple[Array, Saved]:
+        """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`."""
         formula = partial(normalize, self.axes, self.gain, x)
-        y, (rstd,), scale = self.rows.forward(formula, x, self.params)
+        y, (rstd,), scale = self.rows.forward(formula, x, self.params, out=out, check=self._check)
         return y, Saved(x, rstd, scale)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
-        """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
+    def backward(self, dy: Array, saved: Saved, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        """Return dx, of the shape and dtype of x, and the gradients of the parameters; dx is written to `out`."""
         check_saved("RMSNorm", saved, Saved, self.axes.group)
-        check_features("RMSNorm", self.params, self.axes.count, self.axes.group, dy=dy, x=saved.x)
-        formula = partial(normalize_backward, self.axes, self.gain, saved.x)
-        return self.rows.backward(formula, dy, saved.x, self.params, (saved.rstd,), saved.scale)
+        x, rstd, scale = saved
+        formula = partial(normalize_backward, self.axes, self.gain, x)
+        return self.rows.backward(formula, dy, x, self.params, (rstd,), scale, out=out, check=self._check)
+
+    def _check(self, **arrays: Array) -> None:
+        check_features("RMSNorm", self.params, self.axes.count, self.axes.group, **arrays)
 
     def fold_into(self, linear: Any) -> tuple["RMSNorm", Any]:
         """Return this norm without weight and bias, and a copy of the `Linear` that reads it which has taken them in.
