@@ -24,6 +24,7 @@ import numpy as np
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
 from npnorm.axes import Axes
 from npnorm.group import Group, Solo, everywhere
+from npnorm.threads import get_threads, share
 
 BLOCK = 1 << 20
 """Bytes of one operand in a block, in working precision: about a core's L2 cache."""
@@ -33,6 +34,9 @@ SAFE = 450
 
 LEAST = 24
 """A row divided by 2^LEAST can be summed without overflow."""
+
+SHARED = 1 << 20
+"""Elements of x from which threads pay: handing a task over costs about 50 us."""
 
 END = 2040.0
 """What is divided by 2^END, or 2^-END, is 0, or infinite."""
@@ -85,17 +89,21 @@ class Careful:
         """
         xp, work = array_module(x), self.working(x, *others, *params.values())
         rows = [self.axes.rows(a) for a in (x, *others)]
-        out, statistics, scales = xp.empty_like(rows[0]), [], []
+        out, blocks = xp.empty_like(rows[0]), list(self._blocks(rows[0]))
+        found: list[Any] = [None] * len(blocks)
+
+        def evaluate(i: int) -> None:
+            s = blocks[i]
+            arrays = [contiguous(a[s, ...], work) for a in rows]
+            given = *self.params(params, s, work), *(a[s, ...] for a in constants)
+            y, *found[i] = self.forward_rows(formula, arrays, given, self._wide(x))
+            out[s, ...] = round_to(y, x.dtype)
+
         with evaluation(width(rows[0])):
-            for s in self._blocks(rows[0]):
-                arrays = [contiguous(a[s, ...], work) for a in rows]
-                given = *self.params(params, s, work), *(a[s, ...] for a in constants)
-                y, statistic, k = self.forward_rows(formula, arrays, given, self._wide(x))
-                out[s, ...] = round_to(y, x.dtype)
-                statistics.append(statistic)
-                scales.append(k)
+            share(evaluate, len(blocks), threads_for(rows[0]))
+            statistics = [statistic for statistic, _ in found]
             joined = tuple(xp.concat(a) for a in zip(*statistics, strict=True))
-            return self.axes.restore(out, x), joined, _join(scales, statistics)
+            return self.axes.restore(out, x), joined, _join([k for _, k in found], statistics)
 
     def forward_rows(
         self, formula: Callable[..., Any], arrays: list[Array], given: tuple[Any, ...], wide: bool
@@ -139,23 +147,29 @@ class Careful:
         rows_plus = None if plus is None else self.axes.rows(plus)
         wide = any(self._wide(a) for a in (dy, *params.values()))
         outs = [xp.empty_like(a) for a in rows]
-        sums: dict[str, list[Array]] = {name: [] for name in params}
+        blocks = list(self._blocks(rows[0]))
+        found: list[Any] = [None] * len(blocks)
+
+        def evaluate(i: int) -> None:
+            s = blocks[i]
+            arrays = [contiguous(a[s, ...], work) for a in (rows_dy, *rows)]
+            w, _, *more = self.params(params, s, work)
+            given = w, *more, *(a[s, ...] for a in statistics)
+            k = None if scale is None else scale[s, ...]
+            d, found[i] = self.backward_rows(formula, arrays, given, k, wide, params)
+            if rows_plus is not None:
+                d = d[0] + contiguous(rows_plus[s, ...], work), *d[1:]
+            for out, a in zip(outs, d, strict=True):
+                out[s, ...] = round_to(a, out.dtype)
+
         with evaluation(width(rows[0])):
-            for s in self._blocks(rows[0]):
-                arrays = [contiguous(a[s, ...], work) for a in (rows_dy, *rows)]
-                w, _, *more = self.params(params, s, work)
-                given = w, *more, *(a[s, ...] for a in statistics)
-                k = None if scale is None else scale[s, ...]
-                d, of_block = self.backward_rows(formula, arrays, given, k, wide, params)
-                if rows_plus is not None:
-                    d = d[0] + contiguous(rows_plus[s, ...], work), *d[1:]
-                for out, a in zip(outs, d, strict=True):
-                    out[s, ...] = round_to(a, out.dtype)
-                for name in params:
-                    sums[name] = self.axes.join(sums[name], of_block[name])
-            grads = {
-                name: round_to(self.axes.gradient(sums[name], param), param.dtype) for name, param in params.items()
-            }
+            share(evaluate, len(blocks), threads_for(rows[0]))
+            grads = {}
+            for name, param in params.items():
+                sums: list[Array] = []
+                for of_block in found:
+                    sums = self.axes.join(sums, of_block[name])
+                grads[name] = round_to(self.axes.gradient(sums, param), param.dtype)
         restored = tuple(self.axes.restore(out, x) for out in outs)
         return (restored if others else restored[0]), grads
 
@@ -259,6 +273,11 @@ def evaluation(width: int) -> Iterator[None]:
         if 512 <= width < 8192:
             np.setbufsize(width // 16 * 16)
         yield
+
+
+def threads_for(rows: Array) -> int:
+    """Return how many threads share the blocks of rows."""
+    return get_threads() if width(rows) * rows.shape[0] >= SHARED else 1
 
 
 def width(rows: Array) -> int:

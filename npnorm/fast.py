@@ -18,19 +18,16 @@ import numpy as np
 from npnorm import kernels
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
 from npnorm.axes import Axes
-from npnorm.careful import SAFE, Careful, evaluation, width
+from npnorm.careful import SAFE, Careful, evaluation, threads_for, width
 from npnorm.group import Solo
 from npnorm.terms import Tape
-from npnorm.threads import get_threads, share
+from npnorm.threads import share
 
 BLOCK = 1 << 20
 """Bytes of one operand in a block, in working precision: about a core's L2 cache."""
 
 TASKS = 32
 """In how many parts, at most, the blocks are handed out to threads; each keeps a sum for each parameter."""
-
-SHARED = 4 << 20
-"""Bytes of x from which threads pay: handing a task over costs about 50 us."""
 
 SHORT = 8
 """The fewest features for which the fast way pays: of a shorter row, a mean takes most digits."""
@@ -182,7 +179,7 @@ class Fast:
 
         with evaluation(x.shape[-1]):
             given = self._given(params, constants)
-            share(work, len(tasks), _threads(x))
+            share(work, len(tasks), threads_for(x))
             flat, means = _joined(found)
             statistics = tuple(np.reshape(a, (len(x), *[1] * (x.ndim - 1))) for a in flat)
             careful = ~self._good(x, means, flat[-1]) if flat else np.zeros(1, bool)
@@ -217,10 +214,12 @@ class Fast:
 
         with evaluation(x.shape[-1]):
             given = self._given(weight, statistics)
-            share(work, len(tasks), _threads(x))
+            share(work, len(tasks), threads_for(x))
             flat = given(slice(0, len(x)))[len(weight) :]
             squares, lefts = _joined([rest for _, rest in found])
-            good = self._good(x, [flat[i] * flat[-1] for i in written.means], flat[-1]) if flat else np.ones(len(x), bool)
+            good = (
+                self._good(x, [flat[i] * flat[-1] for i in written.means], flat[-1]) if flat else np.ones(len(x), bool)
+            )
             for square, left in zip(squares, lefts, strict=True):
                 good &= self._kept(np.reshape(square, -1), np.reshape(left, -1), arrays["dy"])
             sums = [sums for sums, _ in found]
@@ -338,7 +337,8 @@ class Fast:
         if self.axes.kernel != "Features":  # numbers for each row
             return _joined(parts)
         return tuple(
-            sum((a.astype(np.float64) for a in rest), first.astype(np.float64)) for first, *rest in zip(*parts, strict=True)
+            sum((a.astype(np.float64) for a in rest), first.astype(np.float64))
+            for first, *rest in zip(*parts, strict=True)
         )
 
     def _total(self, sums: list[Any], params: dict[str, Array]) -> list[np.ndarray]:
@@ -426,7 +426,3 @@ def _tasks(rows: np.ndarray, dtype: str) -> list[list[slice]]:
     blocks = [slice(start, min(start + step, count)) for start in range(0, count, step)]
     each = -(-len(blocks) // TASKS)
     return [blocks[i : i + each] for i in range(0, len(blocks), each)]
-
-
-def _threads(rows: np.ndarray) -> int:
-    return get_threads() if rows.nbytes >= SHARED else 1

@@ -45,6 +45,7 @@ NAMES: dict[str, Any] = {
     "vecdot": np.vecdot,
     "reduce": np.add.reduce,
     "dot": dot,
+    "to_float32": lambda a: a.astype(np.float32).astype(a.dtype),
     "scratch": scratch,
     "round_to": round_to,
 }

@@ -63,6 +63,10 @@ class Factor:
     def __array_namespace__(self, api_version: str | None = None) -> Any:
         return FUNCTIONS
 
+    def to_float32(self) -> "Factor":
+        """Return the factor rounded to float32."""
+        return self.tape.factor("to_float32", self)
+
     def _with(self, op: str, other: Any) -> Any:
         if isinstance(other, Terms):
             return NotImplemented

@@ -158,8 +158,8 @@ class BatchNorm:
         """Return the norm with a weight of ones and a bias of zeros."""
         return cls(np.ones(channels, dtype), np.zeros(channels, dtype), **settings)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
-        """Return y, of the shape and dtype of x: (N, C, ...), and what backward needs: training."""
+    def forward(self, x: Array, out: Array | None = None) -> tuple[Array, Saved]:
+        """Return y, of the shape and dtype of x: (N, C, ...), and what backward needs: training; y goes to `out`."""
         self._check(x=x)
         axes = self.axes
 
@@ -170,7 +170,7 @@ class BatchNorm:
             y = affine(z, w, b)
             return y, (mean, rest, var, array_module(x).zeros_like(abs(var)) + n, rstd)
 
-        y, (mean, rest, var, n, rstd), scale = self.rows.forward(formula, x, self.params)
+        y, (mean, rest, var, n, rstd), scale = self.rows.forward(formula, x, self.params, out=out)
         counted = int(to_numpy(abs(n)).max())
         if counted < 2:
             raise ValueError(
@@ -179,8 +179,8 @@ class BatchNorm:
             )
         return y, Saved(x, mean, rest, var, n, rstd, scale)
 
-    def inference(self, x: Array) -> tuple[Array, SavedInference]:
-        """Return y by the running statistics, and what backward needs; nothing is communicated."""
+    def inference(self, x: Array, out: Array | None = None) -> tuple[Array, SavedInference]:
+        """Return y by the running statistics, and what backward needs; nothing is communicated; y goes to `out`."""
         self._check(x=x)
         with everywhere(self.axes.group):
             if self.running_mean is None or self.running_var is None:
@@ -199,13 +199,15 @@ class BatchNorm:
             y = affine(z, w, b)
             return y, ()
 
-        y, _, _ = self.rows.forward(formula, x, self.params, constants=(mean, rstd))
+        y, _, _ = self.rows.forward(formula, x, self.params, constants=(mean, rstd), out=out)
         return y, SavedInference(x, mean, rstd)
 
-    def backward(self, dy: Array, saved: Saved | SavedInference) -> tuple[Array, dict[str, Array]]:
-        """Return dx, of the shape and dtype of x, and the complete gradients of the parameters, in their dtypes."""
+    def backward(
+        self, dy: Array, saved: Saved | SavedInference, out: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Return dx, of the shape and dtype of x, and the complete gradients of the parameters; dx goes to `out`."""
         if isinstance(saved, SavedInference):
-            return self._backward_inference(dy, saved)
+            return self._backward_inference(dy, saved, out)
         check_saved("BatchNorm", saved, Saved, self.axes.group)
         self._check(dy=dy, x=saved.x)
         axes = self.axes
@@ -223,9 +225,11 @@ class BatchNorm:
             return dx, {"weight": dw, "bias": db}
 
         statistics = (saved.mean, saved.rest, saved.n, saved.rstd)
-        return self.rows.backward(formula, dy, saved.x, self.params, statistics, saved.scale)
+        return self.rows.backward(formula, dy, saved.x, self.params, statistics, saved.scale, out=out)
 
-    def _backward_inference(self, dy: Array, saved: SavedInference) -> tuple[Array, dict[str, Array]]:
+    def _backward_inference(
+        self, dy: Array, saved: SavedInference, out: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
         self._check(dy=dy, x=saved.x)
         axes, params = self.axes, self.params
 
@@ -236,7 +240,7 @@ class BatchNorm:
             db, dw = axes.sum(dy, dy * z) if params else (dy, dy)
             return affine(dy * rstd, w), {"weight": dw, "bias": db}
 
-        return self.rows.backward(formula, dy, saved.x, self.params, (saved.mean, saved.rstd), None)
+        return self.rows.backward(formula, dy, saved.x, self.params, (saved.mean, saved.rstd), None, out=out)
 
     def track(self, saved: Saved) -> None:
         """Update the running statistics by those of a forward in training: the only mutation.

@@ -43,8 +43,8 @@ class Elementwise:
         self.shards = dict.fromkeys(scalars) | dict.fromkeys(self.affine, split)
         self.rows = Rows(self.axes, 0, compute)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
-        """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
+    def forward(self, x: Array, out: Array | None = None) -> tuple[Array, Saved]:
+        """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`."""
         self._check(x=x)
 
         def formula(x: Array, w: Array, b: Array, alpha: Array, *more: Array) -> tuple[Array, tuple[()]]:
@@ -53,11 +53,11 @@ class Elementwise:
             y = affine(z, w, b)
             return y, ()
 
-        y, _, _ = self.rows.forward(formula, x, self.params)
+        y, _, _ = self.rows.forward(formula, x, self.params, out=out)
         return y, Saved(x)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
-        """Return dx, of the shape and dtype of x, and the complete gradients of the parameters, in their dtypes."""
+    def backward(self, dy: Array, saved: Saved, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        """Return dx, of the shape and dtype of x, and the complete gradients of the parameters; dx goes to `out`."""
         check_saved(self.layer, saved, Saved, self.axes.group)
         self._check(dy=dy, x=saved.x)
         held_sum = self.axes.held_sum
@@ -72,7 +72,7 @@ class Elementwise:
             return dx, {"weight": dy * z, "bias": dy, "alpha": held_sum(x * du), "shift": held_sum(du)}
 
         widened = self.params | {name: self.rows.widened(a) for name, a in self.scalars.items()}
-        dx, grads = self.rows.backward(formula, dy, saved.x, widened, (), None)
+        dx, grads = self.rows.backward(formula, dy, saved.x, widened, (), None, out=out)
         mine = [grads[name] for name in self.scalars]
         sums = self.axes.group.sum(*mine, what=f"the gradients of {', '.join(self.scalars)} of {self.layer}")
         for (name, a), total in zip(self.scalars.items(), sums if len(mine) > 1 else [sums], strict=True):

@@ -106,33 +106,34 @@ class GroupNorm:
                 )
             for array in self.params.values():
                 self._check_groups(array.shape[0])
-        Rows(Channels(self.layer, group, groups), eps, compute)  # checks compute
+        self.rows = Rows(Channels(self.layer, group, groups), eps, compute)
 
     @classmethod
     def init(cls, groups: int, channels: int, dtype: str = "float32", **settings: Any) -> "GroupNorm":
         """Return the norm with a weight of ones and a bias of zeros."""
         return cls(groups, np.ones(channels, dtype), np.zeros(channels, dtype), **settings)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
-        """Return y, of the shape and dtype of x: (N, C, ...), and what backward needs."""
+    def forward(self, x: Array, out: Array | None = None) -> tuple[Array, Saved]:
+        """Return y, of the shape and dtype of x: (N, C, ...), and what backward needs; y is written to `out`."""
         rows = self._rows(x=x)
         formula = partial(normalize, rows.axes, "two-pass")
-        y, (mean, rest, rstd), scale = rows.forward(formula, x, self.params)
+        y, (mean, rest, rstd), scale = rows.forward(formula, x, self.params, out=out)
         return y, Saved(x, mean, rest, rstd, scale)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
-        """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
+    def backward(self, dy: Array, saved: Saved, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        """Return dx, of the shape and dtype of x, and the gradients of the parameters; dx is written to `out`."""
         check_saved(self.layer, saved, Saved, self.group)
         x, mean, rest, rstd, scale = saved
         rows = self._rows(dy=dy, x=x)
         formula = partial(normalize_backward, rows.axes)
-        return rows.backward(formula, dy, x, self.params, (mean, rest, rstd), scale)
+        return rows.backward(formula, dy, x, self.params, (mean, rest, rstd), scale, out=out)
 
     def _rows(self, **arrays: Array) -> Rows:
+        """Check the arrays; return their rows."""
         check_channels(self.layer, self.params, self.group, **arrays)
         with everywhere(self.group):
             self._check_groups(arrays["x"].shape[1])
-        return Rows(Channels(self.layer, self.group, self.groups), self.eps, self.compute)
+        return self.rows
 
     def _check_groups(self, held: int) -> None:
         channels = held * self.group.size

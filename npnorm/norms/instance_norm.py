@@ -59,6 +59,7 @@ class InstanceNorm(GroupNorm):
     ) -> None:
         ranks = getattr(group, "size", 1)  # what is no group is refused there
         super().__init__(ranks, weight, bias, eps, group=group, compute=compute)  # the groups come with x
+        self._known: dict[int, Rows] = {}
 
     @classmethod
     def init(cls, channels: int, dtype: str = "float32", **settings: Any) -> "InstanceNorm":  # type: ignore[override]
@@ -74,4 +75,7 @@ class InstanceNorm(GroupNorm):
                     f"InstanceNorm takes (N, C, ...) with more than one element of space; x has shape {tuple(x.shape)}."
                     " The variance of a single element is 0."
                 )
-        return Rows(Channels(self.layer, SOLO, x.shape[1]), self.eps, self.compute)
+        channels = x.shape[1]
+        if channels not in self._known:
+            self._known[channels] = Rows(Channels(self.layer, SOLO, channels), self.eps, self.compute)
+        return self._known[channels]

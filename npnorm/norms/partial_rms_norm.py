@@ -106,7 +106,9 @@ class PartialRMSNorm:
         """Return the norm with a weight of ones and no bias."""
         return cls(np.ones(features, dtype), **settings)
 
-    def forward(self, x: Array, rng: np.random.Generator | None = None) -> tuple[Array, Saved]:
+    def forward(
+        self, x: Array, rng: np.random.Generator | None = None, out: Array | None = None
+    ) -> tuple[Array, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs.
 
         Parameters
@@ -115,6 +117,8 @@ class PartialRMSNorm:
         rng : numpy.random.Generator or None
             Draws the subset anew, without replacement, the same for all rows; None: the first k features. On a group,
             the same generator in the same state on every rank.
+        out : array of the shape and dtype of x, or None
+            Where y is written to.
         """
         check_features("PartialRMSNorm", self.params, 1, self.group, x=x)
         n = x.shape[-1] * self.group.size
@@ -131,11 +135,11 @@ class PartialRMSNorm:
             y = affine(z, w, b)
             return y, (rstd,)
 
-        y, (rstd,), scale = rows.forward(formula, x, self.params)
+        y, (rstd,), scale = rows.forward(formula, x, self.params, out=out)
         return y, Saved(x, subset, k, rstd, scale)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
-        """Return dx, of the shape and dtype of x, and the gradients of the parameters, in their dtypes."""
+    def backward(self, dy: Array, saved: Saved, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        """Return dx, of the shape and dtype of x, and the gradients of the parameters; dx is written to `out`."""
         check_saved("PartialRMSNorm", saved, Saved, self.group)
         check_features("PartialRMSNorm", self.params, 1, self.group, dy=dy, x=saved.x)
         rows = self._rows(saved.subset)
@@ -151,7 +155,7 @@ class PartialRMSNorm:
             dx = rstd * d
             return dx, {"weight": dy * z, "bias": dy}  # to be summed over the rows
 
-        return rows.backward(formula, dy, saved.x, self.params, (saved.rstd,), saved.scale)
+        return rows.backward(formula, dy, saved.x, self.params, (saved.rstd,), saved.scale, out=out)
 
     def k(self, n: int) -> int:
         """Return how many of n features are measured: ceil(n p).

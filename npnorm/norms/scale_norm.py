@@ -122,19 +122,19 @@ class ScaleNorm:
         """Return the norm with the length sqrt(features)."""
         return cls(np.array(features**0.5, dtype), **settings)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
-        """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
+    def forward(self, x: Array, out: Array | None = None) -> tuple[Array, Saved]:
+        """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`."""
         self._check(x=x)
-        y, (longer, rnorm), scale = self.rows.forward(partial(normalize, self.axes), x, self.params)
+        y, (longer, rnorm), scale = self.rows.forward(partial(normalize, self.axes), x, self.params, out=out)
         return y, Saved(x, longer, rnorm, scale)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
-        """Return dx, of the shape and dtype of x, and the complete gradient of the weight, in its dtype."""
+    def backward(self, dy: Array, saved: Saved, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        """Return dx, of the shape and dtype of x, and the complete gradient of the weight; dx is written to `out`."""
         check_saved(self.layer, saved, Saved, self.axes.group)
         x, longer, rnorm, scale = saved
         self._check(dy=dy, x=x)
         formula = partial(normalize_backward, self.axes)
-        return self.rows.backward(formula, dy, x, self.params, (longer, rnorm), scale)
+        return self.rows.backward(formula, dy, x, self.params, (longer, rnorm), scale, out=out)
 
     def _check(self, **arrays: Array) -> None:
         check_place(self.layer, self.params, self.axes.group, **arrays)

@@ -16,6 +16,7 @@ from typing import Any
 from npnorm.arrays import Array, array_module, dtype_name, round_to
 from npnorm.group import Group, everywhere
 from npnorm.norms.checks import is_number
+from npnorm.terms import is_written
 
 CASTS = (None, "llama", "olmo2", "gemma")
 
@@ -50,7 +51,10 @@ class Gain:
         """Return offset + w, in float32 for a weight of 32 bits or fewer."""
         if w is None or not self.offset:
             return w
-        return _to(self.offset + w, "float32") if self.narrow else self.offset + w
+        gain = self.offset + w
+        if is_written(gain):
+            return gain.to_float32() if self.narrow else gain
+        return _to(gain, "float32") if self.narrow else gain
 
     def rounded(self, z: Array, x: Array) -> Array:
         """Return z as it meets the weight, in working precision again."""
