@@ -79,9 +79,9 @@ class Rows:
             The exponent of two for each row: it was divided by 2^scale. None if no row needed it.
         """
         if out is None and not others and not constants:
-            small = self.fast.small_forward(x, params)
-            if small is not None:
-                return small
+            known = self.fast.known_forward(x, params)
+            if known is not None:
+                return known
         check(x=x)
         self._check_dtypes(x, *others, *params.values())
         self._check_out(out, x, *others)
@@ -121,9 +121,9 @@ class Rows:
             For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
         """
         if out is None and scale is None and plus is None and not others:
-            small = self.fast.small_backward(dy, x, params, statistics)
-            if small is not None:
-                return small
+            known = self.fast.known_backward(dy, x, params, statistics)
+            if known is not None:
+                return known
         check(dy=dy, x=x)
         self._check_dtypes(x, dy, *others, *params.values())
         arrays = {"dy": dy, "x": x} | ({} if plus is None else {"plus": plus})

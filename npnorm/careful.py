@@ -264,15 +264,20 @@ class Careful:
 
 @contextmanager
 def evaluation(width: int) -> Iterator[None]:
-    """Silence floating-point warnings, and set NumPy's ufunc buffer to a row, for this context only.
+    """Silence floating-point warnings, and set NumPy's ufunc buffer, for this context only; the width is a row's."""
+    with np.errstate(all="ignore"):
+        if buffer_size(width):
+            np.setbufsize(buffer_size(width))
+        yield
+
+
+def buffer_size(width: int) -> int:
+    """Return the best length of NumPy's ufunc buffer for rows; 0: as it is.
 
     NumPy (up to 2.4 at least) copies a broadcast operand into its buffer of 8192 elements again and again; a buffer of
     one row spares that. LayerNorm of (4096, 1024) float32 takes 0.8 of the time, with the same bits.
     """
-    with np.errstate(all="ignore"):
-        if 512 <= width < 8192:
-            np.setbufsize(width // 16 * 16)
-        yield
+    return width // 16 * 16 if 512 <= width < 8192 else 0
 
 
 def threads_for(rows: Array) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from npnorm import kernels
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
 from npnorm.axes import Axes
-from npnorm.careful import SAFE, Careful, evaluation, threads_for, width
+from npnorm.careful import SAFE, Careful, buffer_size, evaluation, threads_for, width
 from npnorm.group import Solo
 from npnorm.terms import Tape
 from npnorm.threads import share
@@ -33,7 +33,7 @@ SHORT = 8
 """The fewest features for which the fast way pays: of a shorter row, a mean takes most digits."""
 
 SMALL = 1 << 14
-"""The elements of x up to which blocks, threads and checks that were passed before are left out: most of the time."""
+"""The elements of x up to which new memory costs less than to look for what a thread keeps."""
 
 LANE = 16
 """The shortest last axis of channels for which it pays."""
@@ -67,10 +67,11 @@ class Written(NamedTuple):
     means: tuple[int, ...]  # backward: which of the statistics are means
 
 
-class Small(NamedTuple):
-    """What is known of small arrays of one shape and dtype, once they have passed all checks."""
+class Known(NamedTuple):
+    """What is known of arrays of one shape and dtype that make a single block, once they have passed all checks."""
 
     run: Callable[..., tuple[Any, ...]]
+    buffer: int  # the length of NumPy's ufunc buffer; 0: as it is
     means: tuple[int, ...]
     params: dict[str, np.ndarray]  # these very arrays
     same: tuple[np.ndarray, ...]  # w and b, where they have the working precision
@@ -95,7 +96,7 @@ class Fast:
         self.axes, self.eps, self.compute, self.careful = axes, eps, compute, careful
         self.limits = LIMITS[compute]
         self._written: dict[tuple[Any, ...], Written | None] = {}
-        self._small: dict[tuple[Any, ...], Small] = {}
+        self._known: dict[tuple[Any, ...], Known] = {}
         beside_eps = math.sqrt((1 - 2.0**-20) / eps) if eps and self.limits.tiny else math.inf
         self._rstd = 2.0**-self.limits.size, min(2.0**self.limits.size, beside_eps)
 
@@ -232,14 +233,16 @@ class Fast:
                 grads[name] = round_to(np.reshape(total, params[name].shape), params[name].dtype)
         return grads
 
-    def small_forward(self, x: Array, params: dict[str, Array]) -> tuple[Array, tuple[Array, ...], None] | None:
-        """Return what `forward` does, for small arrays of a kind that came before; None for others, or for care."""
-        known = self._known("x", x, params)
+    def known_forward(self, x: Array, params: dict[str, Array]) -> tuple[Array, tuple[Array, ...], None] | None:
+        """Return what `forward` does, for arrays like those that came before; None for others, or for care."""
+        known = self._find("x", x, params)
         if known is None:
             return None
         rows = x if x.ndim == 2 else x.reshape(known.rows)
         y = np.empty(known.rows, x.dtype)
         with np.errstate(all="ignore"):
+            if known.buffer:
+                np.setbufsize(known.buffer)
             flat, means = known.run(rows, *(known.same or self._cast(known.params)), y)
         if not _within(flat[-1], *self._rstd):
             return None
@@ -248,11 +251,11 @@ class Fast:
                 return None
         return (y if x.ndim == 2 else y.reshape(x.shape)), tuple([a[:, None] for a in flat]), None
 
-    def small_backward(
+    def known_backward(
         self, dy: Array, x: Array, params: dict[str, Array], statistics: tuple[Array, ...]
     ) -> tuple[Array, dict[str, Array]] | None:
-        """Return dx and gradients, for small arrays of a kind that came before; None for others, or for care."""
-        known = self._known("dy", x, params)
+        """Return dx and gradients, for arrays like those that came before; None for others, or for care."""
+        known = self._find("dy", x, params)
         if known is None or type(dy) is not np.ndarray or dy.shape != x.shape or dy.dtype != x.dtype or not _plain(dy):
             return None
         numbers = [a.reshape(-1) for a in statistics if a.dtype == self.compute]
@@ -260,6 +263,8 @@ class Fast:
             return None
         dx, limits = np.empty(known.rows, x.dtype), self.limits
         with np.errstate(all="ignore"):
+            if known.buffer:
+                np.setbufsize(known.buffer)
             weight = (known.same or self._cast(known.params))[: "weight" in known.params]
             sums, (square,), (left,) = known.run(dy.reshape(known.rows), x.reshape(known.rows), *weight, *numbers, dx)
             good = (
@@ -275,10 +280,10 @@ class Fast:
             grads = {n: round_to(a, p.dtype) for (n, p), a in zip(known.params.items(), sums, strict=True)}
         return (dx if x.ndim == 2 else dx.reshape(x.shape)), grads
 
-    def _known(self, which: str, x: Array, params: dict[str, Array]) -> Small | None:
+    def _find(self, which: str, x: Array, params: dict[str, Array]) -> Known | None:
         if type(x) is not np.ndarray:
             return None
-        known = self._small.get((which, x.shape, x.dtype))
+        known = self._known.get((which, x.shape, x.dtype))
         if known is None or not _plain(x):
             return None
         for name, a in known.params.items():
@@ -290,12 +295,17 @@ class Fast:
         return tuple([a.astype(self.compute, copy=False) for a in params.values()])
 
     def remember(self, which: str, written: Written, x: np.ndarray, rows: np.ndarray, params: dict[str, Array]) -> None:
-        """Note that small arrays like these have passed all checks."""
-        plain = all(type(a) is np.ndarray and a.ndim == 1 and _plain(a) for a in params.values())
-        if self.axes.kernel == "Features" and x.size <= SMALL and plain and type(x) is np.ndarray:
-            key = (which, x.shape, x.dtype)
+        """Note that arrays like these have passed all checks, if they make a single block."""
+        plain = type(x) is np.ndarray and all(
+            type(a) is np.ndarray and a.ndim == 1 and _plain(a) for a in params.values()
+        )
+        itemsize = np.dtype(self.compute).itemsize
+        if self.axes.kernel == "Features" and plain and x.size * itemsize <= BLOCK:
             same = tuple(params.values()) if all(a.dtype == self.compute for a in params.values()) else ()
-            self._small[key] = Small(written.kernel.once, written.means, dict(params), same, rows.shape)
+            run, buffer = written.kernel.once, 0
+            if x.size > SMALL:
+                run, buffer = written.kernel.run, buffer_size(rows.shape[-1])
+            self._known[which, x.shape, x.dtype] = Known(run, buffer, written.means, dict(params), same, rows.shape)
 
     def _with_care(
         self,
