@@ -78,8 +78,8 @@ class Rows:
         scale : array, or None
             The exponent of two for each row: it was divided by 2^scale. None if no row needed it.
         """
-        if out is None and not others and not constants:
-            known = self.fast.known_forward(x, params)
+        if not others and not constants:
+            known = self.fast.known_forward(x, params, out)
             if known is not None:
                 return known
         check(x=x)
@@ -120,8 +120,8 @@ class Rows:
         grads : dict
             For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
         """
-        if out is None and scale is None and plus is None and not others:
-            known = self.fast.known_backward(dy, x, params, statistics)
+        if scale is None and plus is None and not others:
+            known = self.fast.known_backward(dy, x, params, statistics, out)
             if known is not None:
                 return known
         check(dy=dy, x=x)
