@@ -183,7 +183,7 @@ class Fast:
             found[i] = _joined([written.kernel.run(x[s], *given(s), y[s]) for s in tasks[i]])
 
         with evaluation(x.shape[-1]):
-            given = self._given(params, constants)
+            given = self._given(params, constants, len(x))
             share(work, len(tasks), threads_for(x))
             flat, means = _joined(found)
             statistics = tuple(np.reshape(a, (len(x), *[1] * (x.ndim - 1))) for a in flat)
@@ -218,7 +218,7 @@ class Fast:
             found[i] = self._sums([sums for sums, *_ in of_blocks]), _joined([rest for _, *rest in of_blocks])
 
         with evaluation(x.shape[-1]):
-            given = self._given(weight, statistics)
+            given = self._given(weight, statistics, len(x))
             share(work, len(tasks), threads_for(x))
             flat = given(slice(0, len(x)))[len(weight) :]
             squares, lefts = _joined([rest for _, rest in found])
@@ -339,7 +339,7 @@ class Fast:
             for a, name in zip(fixed, params, strict=True):
                 a[careful] = np.reshape(own[name], a[careful].shape)
             return [tuple(fixed)]
-        tasks, given = _tasks(arrays["x"], self.compute), self._given(weight, statistics)
+        tasks, given = _tasks(arrays["x"], self.compute), self._given(weight, statistics, len(dx))
         for i, task in enumerate(tasks):
             picks = [np.arange(s.start, s.stop)[~careful[s]] for s in task]
             if sum(map(len, picks)) < sum(s.stop - s.start for s in task):
@@ -392,20 +392,19 @@ class Fast:
         good[zero] = ~np.any(dy[zero], axis=tuple(range(1, dy.ndim)))
         return good
 
-    def _given(self, params: dict[str, Array], numbers: tuple[Array, ...]) -> Callable[[Any], tuple[np.ndarray, ...]]:
-        """Return a function that gives parameters and numbers for a block of rows, in working precision."""
+    def _given(
+        self, params: dict[str, Array], numbers: tuple[Array, ...], count: int
+    ) -> Callable[[Any], tuple[np.ndarray, ...]]:
+        """Return a function that gives parameters and numbers for some of `count` rows, in working precision."""
         flat = [np.asarray(contiguous(a, self.compute)) for a in params.values()]
-        by_row = [np.reshape(np.asarray(a, self.compute), self._shape) for a in numbers]
+        by_row = [np.reshape(np.asarray(a, self.compute), -1) for a in numbers]
         if self.axes.kernel == "Features":
             flat = [np.reshape(a, -1) for a in flat]
             return lambda s: (*flat, *(a[s] for a in by_row))
-        if self.axes.kernel == "Batch":
-            return lambda s: tuple(a[s] for a in (*flat, *by_row))
-        return lambda s: (*(self.axes.spread(a, s)[..., 0] for a in flat), *(a[s] for a in by_row))
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return (-1, 1) if self.axes.kernel == "Channels" else (-1,)
+        if self.axes.kernel == "Channels":
+            flat = [self.axes.spread(a, slice(0, count))[..., 0] for a in flat]
+            by_row = [a[:, None] for a in by_row]
+        return lambda s: tuple(a[s] for a in (*flat, *by_row))
 
     def _own(self, params: dict[str, Array], x: np.ndarray, careful: np.ndarray) -> tuple[Array | None, ...]:
         """Return w and b for the rows that need care, in float64."""
