@@ -61,7 +61,7 @@ class Factor:
         return self.tape.factor("absolute", self)
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
-        return FUNCTIONS
+        return Functions
 
     def to_float32(self) -> "Factor":
         """Return the factor rounded to float32."""
@@ -73,18 +73,20 @@ class Factor:
         return self.tape.factor(op, self, other)
 
 
-class _Functions:
+class Functions:
     """The functions that a formula calls on what is written down; `npnorm.arrays.array_module` finds them."""
 
     __name__ = "npnorm.terms"
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("sqrt", "zeros_like"):
-            raise Unwritten(f"the function {name}")
-        return lambda a: a.tape.factor(name, a)
+    @staticmethod
+    def sqrt(a: Factor) -> Factor:
+        """Return the square root."""
+        return a.tape.factor("sqrt", a)
 
-
-FUNCTIONS = _Functions()
+    @staticmethod
+    def zeros_like(a: Factor) -> Factor:
+        """Return zeros."""
+        return a.tape.factor("zeros_like", a)
 
 
 class Term(NamedTuple):
@@ -146,7 +148,7 @@ class Terms:
         return self * (1 / other)
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
-        return FUNCTIONS
+        return Functions
 
     def sum_over_row(self) -> Factor:
         """Return the sum over each row."""

@@ -16,7 +16,7 @@ are a shard of the vocabulary, as `CrossEntropy(group=group)` takes them.
 
 from typing import Any, NamedTuple
 
-from npnorm.arrays import Array
+from npnorm.arrays import Array, dtype_name
 from npnorm.blocks import Chain, PostNorm, PreNorm
 from npnorm.config import Config, layout
 from npnorm.group import SOLO, Group, everywhere, part
@@ -77,7 +77,8 @@ class Transformer:
 
     def _norm(self, params: Tree) -> Layer:
         kind = LayerNorm if self.config.norm == "layer" else RMSNorm
-        return kind(**map_tree(lambda a: self.group.shard(a, None), params), eps=self.config.eps)
+        compute = "float32" if dtype_name(params["weight"]) == "float32" else None
+        return kind(**map_tree(lambda a: self.group.shard(a, None), params), eps=self.config.eps, compute=compute)
 
     def _block(self, params: Tree) -> Layer:
         c, group = self.config, self.group
@@ -95,7 +96,7 @@ class Transformer:
     def forward(self, ids: Array) -> tuple[Array, Saved]:
         """Return logits of shape (batch, length, vocabulary of this rank) for ids of shape (batch, length)."""
         with everywhere(self.group):
-            check_module("Transformer", ids, self.params)
+            check_module("Transformer", ids, self.embedding.params)
             if ids.ndim != 2 or not 0 < ids.shape[1] <= self.config.context:
                 raise ValueError(
                     f"Transformer takes ids of shape (batch, length) with 1 to {self.config.context} positions; "

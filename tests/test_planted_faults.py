@@ -83,13 +83,13 @@ class GELUOfAnotherForm(GELU):
         return dy * s * (1 + 1.702 * saved.x * (1 - s)), {}
 
 
-class Times(Linear):
-    """A linear layer whose gradient comes in multiplied."""
-
-    factor = 1.0
+class TimesForKeys(Linear):
+    """A linear layer of which some gradients come in multiplied."""
 
     def backward(self, dy, saved):
-        return super().backward(self.factor * dy, saved)
+        dy = dy.copy()
+        dy[..., self.keys] *= self.factor
+        return super().backward(dy, saved)
 
 
 class UnscaledKeys(Attention):
@@ -97,8 +97,9 @@ class UnscaledKeys(Attention):
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
-        self.k = Times(**self.params["k_proj"])
-        self.k.factor = self.d**0.5
+        self.qkv = TimesForKeys(**self.qkv.params)
+        self.qkv.keys = slice(self.features, self.features + self.kv_features)
+        self.qkv.factor = self.d**0.5
 
 
 class NoSoftmaxSum(Attention):
@@ -106,13 +107,16 @@ class NoSoftmaxSum(Attention):
 
     def backward(self, dy, saved):
         do, _ = self.o.backward(dy, saved.o_proj)
-        do = self._stack(self._split(do))
+        do = self._split(do)
         shift = np.sum(do @ saved.v.swapaxes(-1, -2) * saved.p, axis=-1, keepdims=True)
         ds = saved.p * shift / self.d**0.5  # what was subtracted, added again
-        dq = self._unstack(ds @ saved.k, saved.k.shape[-2])
+        dqkv = np.zeros((*dy.shape[:-1], self.features + 2 * self.kv_features))
+        dq, _, _ = self._parts(dqkv)
+        dq[...] = ds @ saved.k
         dx, grads = super().backward(dy, saved)
-        more, grads_q = self.q.backward(self._merge(dq), saved.projections[0])
-        return dx + more, grads | {"q_proj": map_tree(np.add, grads["q_proj"], grads_q)}
+        more, grads_q = self.qkv.backward(dqkv, saved.qkv_proj)
+        grads["q_proj"]["weight"] += grads_q["weight"][: self.features]
+        return dx + more, grads
 
 
 class TurnsTheSameWay(Rotary):

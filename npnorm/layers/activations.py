@@ -18,10 +18,57 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array, exp, tanh
+from npnorm.arrays import Array
+from npnorm.layers.inplace import elementwise, exp, tanh
 
 C = math.sqrt(2 / math.pi)
 A = 0.044715
+
+
+def gelu(x: Array) -> tuple[Array, Array]:
+    """Return y and t, element by element."""
+    t = x * x
+    t *= C * A
+    t += C
+    t *= x
+    t = tanh(t)  # of c (x + a x^3)
+    y = t + 1
+    y *= x
+    y *= 0.5
+    return y, t
+
+
+def gelu_backward(dy: Array, x: Array, t: Array) -> tuple[Array]:
+    """Return dx, element by element."""
+    d = x * x
+    d *= 1.5 * C * A
+    d += 0.5 * C
+    d *= x
+    d *= 1 - t * t  # x (1 - t^2) c (1 + 3 a x^2) / 2
+    half = 1 + t
+    half *= 0.5
+    d += half
+    d *= dy
+    return (d,)
+
+
+def silu(x: Array) -> tuple[Array, Array]:
+    """Return y and s, element by element."""
+    with np.errstate(over="ignore"):  # exp(-x) = infinity gives s = 0, as it should
+        s = exp(-x)
+    s += 1
+    s = 1 / s
+    return x * s, s
+
+
+def silu_backward(dy: Array, x: Array, s: Array) -> tuple[Array]:
+    """Return dx, element by element."""
+    d = 1 - s
+    d *= x
+    d += 1
+    d *= s
+    d *= dy
+    return (d,)
 
 
 class Saved(NamedTuple):
@@ -47,14 +94,12 @@ class GELU:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
-        t = tanh(C * (x + A * (x * x * x)))
-        y = x * (1 + t) / 2
+        y, t = elementwise(gelu, x)
         return y, Saved(x, t)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, and no gradients."""
-        x, t = saved
-        dx = dy * ((1 + t) / 2 + x * (1 - t * t) * (C * (1 + 3 * A * (x * x))) / 2)
+        (dx,) = elementwise(gelu_backward, dy, *saved)
         return dx, {}
 
 
@@ -74,13 +119,10 @@ class SiLU:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
-        with np.errstate(over="ignore"):  # exp(-x) = infinity gives s = 0, as it should
-            s = 1 / (1 + exp(-x))
-        y = x * s
+        y, s = elementwise(silu, x)
         return y, Saved(x, s)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, and no gradients."""
-        x, s = saved
-        dx = dy * s * (1 + x * (1 - s))
+        (dx,) = elementwise(silu_backward, dy, *saved)
         return dx, {}

@@ -22,34 +22,42 @@ Backward, given dy:
 
 and dW of each matrix is the sum over positions of the gradient of its output times its input (see `Linear`).
 
-In the code the queries of the heads that share a key stand below each other in one matrix: the products over the
-heads of a key, and the sums over them in dk and dv, are then ordinary matrix products.
+In the code the queries come in blocks: the keys after the last query of a block need not be looked at.
 
 On a group the heads are split: q, k and v are column splits, o is the row split that sums. Communicated: one sum
 forward, of y, and one backward, of dx.
 """
 
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, dtype_name, exp, from_numpy, transpose
+from npnorm.arrays import Array, array_module, describe, dtype_name, from_numpy, transpose
 from npnorm.group import SOLO, Group, everywhere, part
-from npnorm.layer import Tree, check_dtype, check_features, check_module, check_names, check_saved, take_shards
+from npnorm.layer import Tree, check_names, check_saved, take_shards
+from npnorm.layers.checks import check_input
+from npnorm.layers.inplace import exp, in_blocks
 from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.layers.rope import Rotary
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+QUERIES = 64
+"""Queries in a block; of half as many the products would be too small."""
 
 
 class Saved(NamedTuple):
     """What backward needs of forward."""
 
-    projections: tuple[Any, Any, Any]  # of q, k, v
+    qkv_proj: Any  # of q, k and v together
     turns: tuple[Any, Any] | None  # of q, k
-    q: Array  # (batch, kv heads, queries of a kv head x length, d)
-    k: Array  # (batch, kv heads, length, d)
+    q: Array  # (batch, kv heads, heads of each, length, d), divided by sqrt(d)
+    k: Array  # (batch, kv heads, 1, length, d)
     v: Array
-    p: Array  # (batch, kv heads, queries of a kv head x length, length)
+    p: Array  # (batch, kv heads, heads of each, length, length)
     o_proj: Any
 
 
@@ -87,11 +95,14 @@ class Attention:
             _check_heads({name: tuple(params[name]["weight"].shape) for name in axes}, heads, kv_heads)
             part(group, heads, f"{heads} heads")
             part(group, kv_heads, f"{kv_heads} heads of keys and values")
-            self.params, self.shards = take_shards("Attention", params, axes, group)
-        self.d = params["q_proj"]["weight"].shape[0] // heads
-        self.q, self.k, self.v = (Linear(**self.params[name]) for name in ("q_proj", "k_proj", "v_proj"))
+            params, self.shards = take_shards("Attention", params, axes, group)
+            stacked = _stack(params)
+        self.params = {**_cut(stacked, params), "o_proj": params["o_proj"]}  # views: a step of training reaches both
+        self.d = params["q_proj"]["weight"].shape[0] * group.size // heads
+        self.qkv = Linear(**stacked)
         self.o = Linear(**self.params["o_proj"], group=group)
         self.kv_heads = kv_heads // group.size
+        self.features, self.kv_features = heads // group.size * self.d, self.kv_heads * self.d  # of q; of k, and of v
         self.shared_by = heads // kv_heads  # queries of a key
         self.rotary = rotary
         self.group = group
@@ -99,46 +110,75 @@ class Attention:
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x: (batch, length, width)."""
         with everywhere(self.group):
-            check_module("Attention", x, self.params)
-            check_features("Attention", x, self.q.params["weight"].shape[1])
-            check_dtype("Attention", x, self.params)
+            check_input("Attention", x, self.params, self.qkv.params["weight"].shape[1])
             if x.ndim != 3:
                 raise ValueError(f"Attention takes x of shape (batch, length, width); {tuple(x.shape)} came.")
-        (q, save_q), (k, save_k), (v, save_v) = (layer.forward(x) for layer in (self.q, self.k, self.v))
-        q, k, v = self._split(q), self._split(k), self._split(v)
+        xp = array_module(x)
+        qkv, save_qkv = self.qkv.forward(x)
+        q, k, v = self._parts(qkv)
+        q /= math.sqrt(self.d)
         turns = None
         if self.rotary:
-            (q, turn_q), (k, turn_k) = self.rotary.forward(q), self.rotary.forward(k)
+            (q[...], turn_q), (k[...], turn_k) = self.rotary.forward(q), self.rotary.forward(k)
             turns = turn_q, turn_k
-        q, k, v = self._stack(q), self._stack(k), self._stack(v)
-        p = self._softmax(q @ transpose(k) / math.sqrt(self.d))
-        o = p @ v
-        y, save_o = self.o.forward(self._merge(self._unstack(o, x.shape[1])))
-        return y, Saved((save_q, save_k, save_v), turns, q, k, v, p, save_o)
+        o = xp.empty_like(qkv[..., : self.features])
+        p = from_numpy(np.zeros((*q.shape[:-1], q.shape[-2]), dtype_name(o)), x)
+        in_blocks(partial(self._read, from_numpy(_triangle(x), x)), p[:1, ...].size, self._split(o), p, q, k, v)
+        y, save_o = self.o.forward(o)
+        return y, Saved(save_qkv, turns, q, k, v, p, save_o)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, Tree]:
         """Return dx, and the gradients of this rank's shards."""
         check_saved("Attention", saved, Saved)
-        xp = array_module(dy)
         _, turns, q, k, v, p, _ = saved
         do, grads_o = self.o.backward(dy, saved.o_proj)
-        do = self._stack(self._split(do))
-        dv = transpose(p) @ do
-        dp = do @ transpose(v)
-        ds = p * (dp - xp.sum(dp * p, axis=-1, keepdims=True))
-        ds = ds / math.sqrt(self.d)
-        length = k.shape[-2]
-        dq, dk, dv = (self._unstack(a, length) for a in (ds @ k, transpose(ds) @ q, dv))
+        shape = (*do.shape[:-1], self.qkv.params["weight"].shape[0])
+        dqkv = from_numpy(np.zeros(shape, dtype_name(do)), do)
+        in_blocks(partial(self._read_backward, turns), p[:1, ...].size, *self._parts(dqkv), self._split(do), q, k, v, p)
+        dx, grads = self.qkv.backward(dqkv, saved.qkv_proj)
+        dx = self.group.sum(dx, what="Attention.backward")
+        return dx, {**_cut(grads, self.params), "o_proj": grads_o}
+
+    def _parts(self, qkv: Array) -> Iterator[Array]:
+        """Yield the parts of q, k and v, each split into heads: views, to be read or written."""
+        start = 0
+        for features in (self.features, self.kv_features, self.kv_features):
+            yield self._split(qkv[..., start : start + features])
+            start += features
+
+    def _read(self, mask: Array, o: Array, p: Array, q: Array, k: Array, v: Array) -> None:
+        """Write o, and p up to the diagonal, of some sequences; q is divided by sqrt(d)."""
+        xp = array_module(q)
+        for some, seen in _spans(q.shape[-2]):
+            s = q[..., some, :] @ transpose(k[..., seen, :])
+            n = some.stop - some.start
+            s[..., some] += mask[:n, :n]
+            s -= xp.max(s, axis=-1, keepdims=True)
+            s = exp(s)
+            s /= xp.sum(s, axis=-1, keepdims=True)
+            p[..., some, seen] = s
+            o[..., some, :] = s @ v[..., seen, :]
+
+    def _read_backward(
+        self, turns: Any, dq: Array, dk: Array, dv: Array, do: Array, q: Array, k: Array, v: Array, p: Array
+    ) -> None:
+        """Write dq, dk and dv, the latter two from zero, of some sequences; q is divided by sqrt(d)."""
+        xp = array_module(do)
+        for some, seen in _spans(q.shape[-2]):
+            ds = do[..., some, :] @ transpose(v[..., seen, :])  # dp
+            ds -= xp.sum(ds * p[..., some, seen], axis=-1, keepdims=True)
+            ds *= p[..., some, seen]
+            dq[..., some, :] = ds @ k[..., seen, :]
+            dk[..., seen, :] += self._over_shared(transpose(ds) @ q[..., some, :])
+            dv[..., seen, :] += self._over_shared(transpose(p[..., some, seen]) @ do[..., some, :])
+        dq /= math.sqrt(self.d)
         if self.rotary and turns:
-            dq, _ = self.rotary.backward(dq, turns[0])
-            dk, _ = self.rotary.backward(dk, turns[1])
-        backwards = [
-            layer.backward(self._merge(d), save)
-            for layer, d, save in zip((self.q, self.k, self.v), (dq, dk, dv), saved.projections, strict=True)
-        ]
-        dx = self.group.sum(sum(dx for dx, _ in backwards), what="Attention.backward")
-        grads_q, grads_k, grads_v = (grads for _, grads in backwards)
-        return dx, {"q_proj": grads_q, "k_proj": grads_k, "v_proj": grads_v, "o_proj": grads_o}
+            dq[...], _ = self.rotary.backward(dq, turns[0])
+            dk[...], _ = self.rotary.backward(dk, turns[1])
+
+    def _over_shared(self, x: Array) -> Array:
+        """Return the sum over the heads that share a key: (batch, kv heads, 1, length, d)."""
+        return array_module(x).sum(x, axis=2, keepdims=True) if self.shared_by > 1 else x
 
     def _split(self, x: Array) -> Array:
         """Take (batch, length, heads d) to (batch, kv heads, heads of each, length, d)."""
@@ -147,32 +187,43 @@ class Attention:
         each = features // (self.kv_heads * self.d)
         return xp.permute_dims(xp.reshape(x, (batch, length, self.kv_heads, each, self.d)), (0, 2, 3, 1, 4))
 
-    def _merge(self, x: Array) -> Array:
-        """Undo `_split`."""
-        xp = array_module(x)
-        batch, kv_heads, each, length, d = x.shape
-        return xp.reshape(xp.permute_dims(x, (0, 3, 1, 2, 4)), (batch, length, kv_heads * each * d))
 
-    def _stack(self, x: Array) -> Array:
-        """Take (batch, kv heads, heads of each, length, d) to (batch, kv heads, heads of each x length, d)."""
-        batch, kv_heads, each, length, d = x.shape
-        return array_module(x).reshape(x, (batch, kv_heads, each * length, d))
+def _spans(length: int) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of queries, and the keys that any of them may read: those up to its last."""
+    for start in range(0, length, QUERIES):
+        stop = min(start + QUERIES, length)
+        yield slice(start, stop), slice(stop)
 
-    def _unstack(self, x: Array, length: int) -> Array:
-        """Undo `_stack`."""
-        batch, kv_heads, rows, d = x.shape
-        return array_module(x).reshape(x, (batch, kv_heads, rows // length, length, d))
 
-    def _softmax(self, s: Array) -> Array:
-        """Return the softmax of the scores over the keys that come no later than the query."""
-        xp = array_module(s)
-        batch, kv_heads, rows, length = s.shape
-        mask = np.triu(np.full((length, length), -np.inf, "float32" if dtype_name(s) == "float32" else "float64"), 1)
-        s = xp.reshape(s, (batch, kv_heads, self.shared_by, length, length)) + from_numpy(mask, s)
-        s -= xp.max(s, axis=-1, keepdims=True)
-        p = exp(s)
-        p /= xp.sum(p, axis=-1, keepdims=True)
-        return xp.reshape(p, (batch, kv_heads, rows, length))
+def _triangle(x: Array) -> np.ndarray:
+    """Return the mask of a block: 0 up to the diagonal, -infinity above it; in the precision of x."""
+    n = min(QUERIES, x.shape[1])
+    return np.triu(np.full((n, n), -np.inf, "float32" if dtype_name(x) == "float32" else "float64"), 1)
+
+
+def _stack(params: Tree) -> dict[str, Array]:
+    """Return the parameters of one linear layer whose outputs are q, k and v: one product is faster than three."""
+    weights = [params[name]["weight"] for name in QKV]
+    if len({dtype_name(w) for w in weights} - {"complex128"}) > 1:
+        raise TypeError(
+            f"Attention: q_proj, k_proj and v_proj must have one dtype; there came {[*map(describe, weights)]}."
+        )
+    xp = array_module(weights[0])
+    stacked = {"weight": xp.concat(weights, axis=0)}
+    if any("bias" in params[name] for name in QKV):
+        biases = (params[name].get("bias", xp.zeros_like(w[:, 0])) for name, w in zip(QKV, weights, strict=True))
+        stacked["bias"] = xp.concat(list(biases), axis=0)
+    return stacked
+
+
+def _cut(stacked: dict[str, Array], params: Tree) -> Tree:
+    """Return what belongs to each of q, k and v, in the names of `params`: views."""
+    parts, start = {}, 0
+    for name in QKV:
+        stop = start + params[name]["weight"].shape[0]
+        parts[name] = {key: stacked[key][start:stop, ...] for key in params[name]}
+        start = stop
+    return parts
 
 
 def _check_heads(shapes: dict[str, tuple[int, ...]], heads: int, kv_heads: int) -> None:

@@ -17,16 +17,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, exp, from_numpy, log
+from npnorm.arrays import Array, array_module, from_numpy, log
 from npnorm.group import SOLO, Group, everywhere
 from npnorm.layer import check_features, check_ids, check_module, check_saved
+from npnorm.layers.inplace import exp
 
 
 class Saved(NamedTuple):
-    """What backward needs of forward; both of the shape of the logits."""
+    """What backward needs of forward."""
 
-    p: Array
-    target: Array  # True at the target, if this rank holds it
+    p: Array  # of the shape of the logits
+    target: Array  # for each row the place of the target in p; outside 0 ... vocabulary - 1 if another rank holds it
 
 
 class CrossEntropy:
@@ -63,17 +64,17 @@ class CrossEntropy:
                     f"least one; {tuple(targets.shape)} came."
                 )
             check_ids("CrossEntropy", targets, held * self.group.size, self.group)
-        ids = from_numpy(np.arange(held) + self.group.rank * held, targets)
-        target = targets[..., None] == ids
+        target = xp.astype(targets, xp.int64)[..., None] - self.group.rank * held
+        inside = (target >= 0) & (target < held)
         m = self.group.max(xp.max(logits, axis=-1, keepdims=True), what="CrossEntropy")
         x = logits - m
-        e = exp(x)
-        picked = xp.where(target, x, xp.zeros_like(x))
-        total, x_t = self.group.sum(
-            xp.sum(e, axis=-1, keepdims=True), xp.sum(picked, axis=-1, keepdims=True), what="CrossEntropy"
-        )
+        x_t = xp.take_along_axis(x, xp.where(inside, target, xp.zeros_like(target)), axis=-1)
+        x_t = xp.where(inside, x_t, xp.zeros_like(x_t))
+        p = exp(x)
+        total, x_t = self.group.sum(xp.sum(p, axis=-1, keepdims=True), x_t, what="CrossEntropy")
+        p /= total
         loss = xp.mean(log(total) - x_t)
-        return loss, Saved(e / total, target)
+        return loss, Saved(p, target)
 
     def backward(self, dloss: Array | float, saved: Saved) -> Array:
         """Return the gradient of the logits, this rank's shard."""
@@ -81,4 +82,5 @@ class CrossEntropy:
         p, target = saved
         xp = array_module(p)
         rows = p.size // p.shape[-1]
-        return xp.astype((p - xp.astype(target, p.dtype)) * (dloss / rows), p.dtype, copy=False)
+        dx = p - xp.astype(target == from_numpy(np.arange(p.shape[-1]), target), p.dtype)
+        return xp.astype(dx * (dloss / rows), p.dtype, copy=False)

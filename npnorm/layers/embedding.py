@@ -2,8 +2,7 @@
 
 Forward, for a token id:   x = W[id].   Backward: dW[id] = sum of dx over the places where the id stood.
 
-As a formula the lookup is a product with one-hot rows, x = onehot(ids) W; its backward is onehot(ids)^T dx, and that is
-how it is computed: the one-hot rows are no larger than the logits of the same ids.
+As a formula the lookup is a product with one-hot rows, x = onehot(ids) W; its backward is onehot(ids)^T dx.
 
 On a group the rows of the token table are split. A rank looks up the ids that it holds and takes zeros for the others;
 the sum over the ranks is x. Communicated: one sum forward, nothing backward.
@@ -11,11 +10,10 @@ the sum over the ranks is x. Communicated: one sum forward, nothing backward.
 
 from typing import NamedTuple
 
-import numpy as np
-
-from npnorm.arrays import Array, array_module, describe, from_numpy
+from npnorm.arrays import Array, array_module, describe
 from npnorm.group import SOLO, Group, Solo, everywhere
 from npnorm.layer import check_features, check_ids, check_module, check_saved
+from npnorm.layers.inplace import sum_at
 
 
 class Saved(NamedTuple):
@@ -36,6 +34,7 @@ class Embedding:
 
     Examples
     --------
+    >>> import numpy as np
     >>> x, saved = Embedding(np.array([[1.0, 2.0], [3.0, 4.0]])).forward(np.array([1, 1, 0]))
     >>> x
     array([[3., 4.],
@@ -75,9 +74,8 @@ class Embedding:
         with everywhere(self.group):
             check_features("Embedding.backward", dx, w.shape[1], name="dx")
         xp = array_module(dx)
-        each_row = from_numpy(np.arange(w.shape[0]), saved.rows)
-        onehot = xp.astype(xp.reshape(saved.rows, (-1, 1)) == each_row, dx.dtype)
-        return None, {"weight": onehot.T @ xp.reshape(dx, (-1, w.shape[1]))}
+        rows, dx = xp.reshape(saved.rows, (-1,)), xp.reshape(dx, (-1, w.shape[1]))
+        return None, {"weight": sum_at(rows, dx, w.shape[0])}
 
 
 class Positions:

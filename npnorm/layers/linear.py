@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 from npnorm.arrays import Array, array_module, describe
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_dtype, check_features, check_module, check_saved
+from npnorm.layer import check_features, check_module, check_saved
+from npnorm.layers.checks import check_input
+from npnorm.layers.inplace import plus
 
 COLUMN: dict[str, int | None] = {"weight": 0, "bias": 0}
 ROW: dict[str, int | None] = {"weight": 1, "bias": None}
@@ -74,11 +76,9 @@ class Linear:
         """Return y of shape (..., outputs) for x of shape (..., inputs)."""
         w, b = self.params["weight"], self.params.get("bias")
         with everywhere(self.group):
-            check_module("Linear", x, self.params)
-            check_features("Linear", x, w.shape[1])
-            check_dtype("Linear", x, self.params)
-        y = self.group.sum(x @ w.T, what="Linear")
-        return (y if b is None else y + b), Saved(x)
+            check_input("Linear", x, self.params, w.shape[1])
+        y = self.group.sum(_times(x, w.T), what="Linear")
+        return (y if b is None else plus(y, b)), Saved(x)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, and the gradients of weight and bias."""
@@ -89,8 +89,14 @@ class Linear:
         xp = array_module(dy)
         rows_dy = xp.reshape(dy, (-1, w.shape[0]))
         rows_x = xp.reshape(saved.x, (-1, w.shape[1]))
-        dx = dy @ w
+        dx = _times(dy, w)
         grads = {"weight": rows_dy.T @ rows_x}
         if "bias" in self.params:
             grads["bias"] = xp.sum(rows_dy, axis=0)
         return dx, grads
+
+
+def _times(x: Array, w: Array) -> Array:
+    """Return x w for x of any shape, as one product of two matrices: NumPy would take one for each leading index."""
+    xp = array_module(x)
+    return xp.reshape(xp.reshape(x, (-1, w.shape[0])) @ w, (*x.shape[:-1], w.shape[1]))

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
 from npnorm.group import SOLO, Group, everywhere, part
-from npnorm.layer import Tree, check_dtype, check_features, check_module, check_names, check_saved, take_shards
-from npnorm.layers.activations import GELU, SiLU
+from npnorm.layer import Tree, check_names, check_saved, take_shards
+from npnorm.layers.activations import GELU, silu, silu_backward
+from npnorm.layers.checks import check_input
+from npnorm.layers.inplace import elementwise, plus
 from npnorm.layers.linear import COLUMN, ROW, Linear
 
 
@@ -56,9 +58,7 @@ class MLP:
     def forward(self, x: Array) -> tuple[Array, SavedMLP]:
         """Return y of the shape of x: (..., width)."""
         with everywhere(self.group):
-            check_module("MLP", x, self.params)
-            check_features("MLP", x, self.up.params["weight"].shape[1])
-            check_dtype("MLP", x, self.params)
+            check_input("MLP", x, self.params, self.up.params["weight"].shape[1])
         h, up = self.up.forward(x)
         a, gelu = self.gelu.forward(h)
         y, down = self.down.forward(a)
@@ -78,10 +78,10 @@ class SavedSwiGLU(NamedTuple):
 
     gate: Any
     up: Any
-    silu: Any
-    s: Array  # silu(gate(x))
-    h: Array  # up(x)
     down: Any
+    g: Array  # gate(x)
+    s: Array  # the sigmoid of g
+    h: Array  # up(x)
 
 
 class SwiGLU:
@@ -104,28 +104,39 @@ class SwiGLU:
             self.params, self.shards = take_shards("SwiGLU", params, axes, group)
         self.gate = Linear(**self.params["gate_proj"])
         self.up = Linear(**self.params["up_proj"])
-        self.silu = SiLU()
         self.down = Linear(**self.params["down_proj"], group=group)
         self.group = group
 
     def forward(self, x: Array) -> tuple[Array, SavedSwiGLU]:
         """Return y of the shape of x: (..., width)."""
         with everywhere(self.group):
-            check_module("SwiGLU", x, self.params)
-            check_features("SwiGLU", x, self.up.params["weight"].shape[1])
-            check_dtype("SwiGLU", x, self.params)
+            check_input("SwiGLU", x, self.params, self.up.params["weight"].shape[1])
         g, gate = self.gate.forward(x)
-        s, silu = self.silu.forward(g)
         h, up = self.up.forward(x)
-        y, down = self.down.forward(s * h)
-        return y, SavedSwiGLU(gate, up, silu, s, h, down)
+        a, s = elementwise(_gate, g, h)
+        y, down = self.down.forward(a)
+        return y, SavedSwiGLU(gate, up, down, g, s, h)
 
     def backward(self, dy: Array, saved: SavedSwiGLU) -> tuple[Array, Tree]:
         """Return dx, and the gradients of this rank's shards."""
         check_saved("SwiGLU", saved, SavedSwiGLU)
-        dsh, down = self.down.backward(dy, saved.down)
-        dx_up, up = self.up.backward(dsh * saved.s, saved.up)
-        dg, _ = self.silu.backward(dsh * saved.h, saved.silu)
+        da, down = self.down.backward(dy, saved.down)
+        dg, dh = elementwise(_gate_backward, da, saved.g, saved.s, saved.h)
+        dx_up, up = self.up.backward(dh, saved.up)
         dx_gate, gate = self.gate.backward(dg, saved.gate)
-        dx = self.group.sum(dx_up + dx_gate, what="SwiGLU.backward")
+        dx = self.group.sum(plus(dx_up, dx_gate), what="SwiGLU.backward")
         return dx, {"gate_proj": gate, "up_proj": up, "down_proj": down}
+
+
+def _gate(g: Array, h: Array) -> tuple[Array, Array]:
+    """Return silu(g) h, and the sigmoid of g, element by element."""
+    a, s = silu(g)
+    return a * h, s
+
+
+def _gate_backward(da: Array, g: Array, s: Array, h: Array) -> tuple[Array, Array]:
+    """Return dg and dh, element by element."""
+    dh = g * s
+    dh *= da
+    (dg,) = silu_backward(da * h, g, s)
+    return dg, dh

@@ -12,11 +12,12 @@ the opposite angle. The pairing (i, i + d/2) is that of Llama and GPT-NeoX; the 
 same up to the order of the features.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, dtype_name, from_numpy
+from npnorm.arrays import Array, array_module, contiguous, dtype_name, from_numpy
 
 
 class Saved(NamedTuple):
@@ -57,9 +58,8 @@ class Rotary:
                 "It must be (..., length, an even number)."
             )
         length, d = x.shape[-2:]
-        angle = np.outer(np.arange(length), self.base ** (-np.arange(0, d, 2) / d))
         real = "float32" if dtype_name(x) == "float32" else "float64"
-        cos, sin = (from_numpy(f(angle).astype(real), x) for f in (np.cos, np.sin))
+        cos, sin = (from_numpy(table, x) for table in _tables(length, d, self.base, real))
         return _turn(x, cos, sin), Saved(cos, sin)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
@@ -67,7 +67,20 @@ class Rotary:
         return _turn(dy, saved.cos, -saved.sin), {}
 
 
+@functools.lru_cache(maxsize=4)
+def _tables(length: int, d: int, base: float, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return cos and sin of the angles, not to be written to: every layer and every batch asks for the same."""
+    angle = np.outer(np.arange(length), base ** (-np.arange(0, d, 2) / d))
+    tables = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+    for table in tables:
+        table.setflags(write=False)
+    return tables
+
+
 def _turn(x: Array, cos: Array, sin: Array) -> Array:
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    return array_module(x).concat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], axis=-1)
+    xp, half = array_module(x), x.shape[-1] // 2
+    x = contiguous(x)  # attention hands a transposed view, in which a run is one head long
+    y = xp.concat([x[..., half:], x[..., :half]], axis=-1)
+    y *= xp.concat([-sin, sin], axis=-1)
+    y += x * xp.concat([cos, cos], axis=-1)
+    return y

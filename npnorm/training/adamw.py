@@ -12,8 +12,17 @@ step t, with the gradient g of the parameter p:
 It works element by element, so that on a group each rank updates what it holds, and nothing is communicated.
 """
 
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
 from npnorm.arrays import Array, array_module, sqrt
-from npnorm.layer import Tree, map_tree
+from npnorm.layer import Tree, leaves, map_tree
+from npnorm.threads import share
+
+BLOCK = 1 << 17
+"""Elements of one array in a block: what one operation writes, the next reads from cache."""
 
 
 class AdamW:
@@ -46,13 +55,35 @@ class AdamW:
         b1, b2 = self.betas
         c1, c2 = 1 - b1**self.t, 1 - b2**self.t
 
-        def update(p: Array, g: Array, m: Array, v: Array) -> None:
+        def update(decays: bool, p: Array, g: Array, m: Array, v: Array) -> None:
             m *= b1
             m += (1 - b1) * g
             v *= b2
-            v += (1 - b2) * (g * g)
-            decay = self.weight_decay if p.ndim > 1 else 0.0
-            p *= 1 - lr * decay
-            p -= (lr / c1) * m / (sqrt(v / c2) + self.eps)
+            square = g * g
+            square *= 1 - b2
+            v += square
+            size = sqrt(v)
+            size += self.eps * math.sqrt(c2)
+            change = m / size  # times sqrt(c2): numerator and denominator of the formula alike
+            change *= lr / c1 * math.sqrt(c2)
+            if decays:
+                p *= 1 - lr * self.weight_decay
+            p -= change
 
-        map_tree(update, self.params, grads, self.m, self.v)
+        blocks = list(_blocks(self.params, grads, self.m, self.v))
+        share(lambda i: update(*blocks[i]), len(blocks))
+
+
+def _blocks(params: Tree, *others: Tree) -> Iterator[tuple[bool, Array, Array, Array, Array]]:
+    """Yield whether an array decays, and the matching arrays of the trees; on NumPy in blocks, views of one axis."""
+    by_name = [dict(leaves(tree)) for tree in others]
+    for name, p in leaves(params):
+        g, m, v = (tree[name] for tree in by_name)
+        decays = p.ndim > 1
+        if all(isinstance(a, np.ndarray) and a.flags.c_contiguous for a in (p, g, m, v)):
+            p, g, m, v = (a.reshape(-1) for a in (p, g, m, v))
+            for start in range(0, p.size, BLOCK):
+                some = slice(start, start + BLOCK)
+                yield decays, p[some], g[some], m[some], v[some]
+        else:
+            yield decays, p, g, m, v

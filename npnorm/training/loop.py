@@ -12,6 +12,7 @@ from npnorm.layer import leaves
 from npnorm.layers import CrossEntropy
 from npnorm.training.adamw import AdamW
 from npnorm.training.clip import clip, global_norm
+from npnorm.training.gradients import loss_and_grads
 from npnorm.training.schedule import warmup_cosine
 from npnorm.training.text import batch
 from npnorm.transformer import Transformer
@@ -48,15 +49,12 @@ def train(model: Transformer, ids: np.ndarray, recipe: Recipe, rng: np.random.Ge
     FloatingPointError
         If the loss or the gradient is not finite; the parameters are then as they were before the step.
     """
-    loss_layer = CrossEntropy(group=model.group)
     optimizer = AdamW(model.params, weight_decay=recipe.weight_decay)
     for step in range(recipe.steps):
         lr = warmup_cosine(step, recipe.steps, recipe.warmup, recipe.lr)
         inputs, targets = (_to_device(a, model) for a in batch(ids, recipe.rows, recipe.length, rng))
         with np.errstate(all="ignore"):  # what is not finite is found below
-            logits, saved = model.forward(inputs)
-            loss, saved_loss = loss_layer.forward(logits, targets)
-            _, grads = model.backward(loss_layer.backward(1.0, saved_loss), saved)
+            loss, grads = loss_and_grads(model, inputs, targets)
             norm = global_norm(grads, model.shards, model.group)
         if not math.isfinite(norm + float(loss)):
             raise FloatingPointError(

@@ -6,6 +6,8 @@ import torch
 
 from npnorm.layer import leaves, map_tree
 from npnorm.layers import Attention, Rotary
+from npnorm.layers.attention import QUERIES
+from npnorm.threads import set_threads
 from tests.check import check_backward, check_finite_differences, close, same_bits
 
 HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 3), (6, 2), (3, 1)])
@@ -218,3 +220,85 @@ def test_a_missing_or_misshapen_projection_is_refused(name):
         Attention({key: p for key, p in params.items() if key != name}, 6, 2)
     with pytest.raises(ValueError, match=r"needs weights of shapes .*; there came"):
         Attention({**params, name: {"weight": np.ones((3, 7))}}, 6, 2)
+
+
+def plain(layer, x):
+    """Return y by the formula, with whole matrices of scores."""
+
+    def project(name):
+        p = layer.params[name]
+        return (x @ p["weight"].T + p.get("bias", 0)).reshape(*x.shape[:2], -1, layer.d).swapaxes(1, 2)
+
+    q, k, v = (project(name) for name in ("q_proj", "k_proj", "v_proj"))
+    if layer.rotary:
+        q, k = layer.rotary.forward(q)[0], layer.rotary.forward(k)[0]
+    k, v = (np.repeat(a, layer.shared_by, axis=1) for a in (k, v))
+    s = q @ k.swapaxes(-1, -2) / math.sqrt(layer.d)
+    p = np.exp(s + np.triu(np.full(s.shape[-2:], -np.inf), 1))
+    o = p / p.sum(axis=-1, keepdims=True) @ v
+    return o.swapaxes(1, 2).reshape(*x.shape[:2], -1) @ layer.params["o_proj"]["weight"].T
+
+
+@ROTARY
+@pytest.mark.parametrize("length", [QUERIES - 1, QUERIES, QUERIES + 1, 2 * QUERIES + 3])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_queries_in_blocks_give_what_whole_matrices_give(rotary, length, kv_heads):
+    rng = np.random.default_rng(18)
+    layer = Attention(draw(rng, 7, 4, kv_heads, 4), 4, kv_heads, rotary)
+    x = rng.standard_normal((2, length, 7))
+    y, saved = layer.forward(x)
+    close(y, plain(layer, x), 1e-13)
+    assert not np.any(np.triu(saved.p, 1))
+
+
+def test_backward_of_several_blocks_of_queries_is_the_derivative():
+    rng = np.random.default_rng(19)
+    params, x = draw(rng, 5, 4, 2, 2, bias=True), rng.standard_normal((2, 2 * QUERIES + 3, 5))
+    check_backward(lambda p: Attention(p, 4, 2, Rotary()), params, x, rng)
+
+
+@ROTARY
+def test_any_number_of_threads_gives_the_same_bits(rotary):
+    rng = np.random.default_rng(20)
+    layer = Attention(map_tree(lambda a: a.astype("float32"), draw(rng, 7, 4, 2, 4)), 4, 2, rotary)
+    x, dy = (rng.standard_normal((9, 2 * QUERIES, 7)).astype("float32") for _ in range(2))
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        try:
+            y, saved = layer.forward(x)
+            results.append({"y": y, "backward": dict(enumerate(layer.backward(dy, saved)))})
+        finally:
+            set_threads(None)
+    same_bits(results[1], results[0])
+    same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize("with_bias", [("q_proj",), ("k_proj", "v_proj"), ("v_proj", "o_proj")])
+def test_some_projections_may_have_a_bias(with_bias):
+    rng = np.random.default_rng(21)
+    params = draw(rng, 5, 4, 2, 2)
+    params = {
+        n: {**p, "bias": rng.standard_normal(len(p["weight"]))} if n in with_bias else p for n, p in params.items()
+    }
+    check_backward(lambda p: Attention(p, 4, 2), params, rng.standard_normal((2, 3, 5)), rng)
+
+
+def test_a_parameter_changed_in_place_changes_the_output():
+    rng = np.random.default_rng(22)
+    params, x = draw(rng, 5, 4, 2, 2, bias=True), rng.standard_normal((2, 3, 5))
+    for name, array in leaves(params):
+        layer = Attention(params, 4, 2)
+        held = dict(leaves(layer.params))[name]
+        held += rng.standard_normal(held.shape)
+        part, key = name.split(".")
+        changed = {**params, part: {**params[part], key: held.copy()}}
+        same_bits(layer.forward(x)[0], Attention(changed, 4, 2).forward(x)[0])
+        assert not np.array_equal(held, array)
+
+
+def test_projections_of_two_precisions_are_refused():
+    params = draw(np.random.default_rng(23), 7, 2, 1, 4)
+    params["k_proj"]["weight"] = params["k_proj"]["weight"].astype("float32")
+    with pytest.raises(TypeError, match="q_proj, k_proj and v_proj must have one dtype"):
+        Attention(params, 2, 1)

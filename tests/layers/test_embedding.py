@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -127,3 +129,14 @@ def test_ids_of_a_narrow_type_reach_every_row():
     table = rng.standard_normal((300, 2))
     x, _ = Embedding(table).forward(np.array([0, 255], "uint8"))
     np.testing.assert_array_equal(x, table[[0, 255]])
+
+
+def test_the_gradient_of_a_large_table_takes_no_more_memory_than_the_table_and_dx():
+    rng = np.random.default_rng(21)
+    layer, ids = Embedding(rng.standard_normal((20_000, 8))), rng.integers(0, 20_000, (4, 500))
+    x, saved = layer.forward(ids)
+    tracemalloc.start()
+    _, grads = layer.backward(x, saved)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * (grads["weight"].nbytes + x.nbytes)

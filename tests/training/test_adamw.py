@@ -1,7 +1,11 @@
 import numpy as np
+import pytest
 import torch
 
+from npnorm.threads import set_threads
 from npnorm.training import AdamW
+from npnorm.training.adamw import BLOCK
+from tests.check import same_bits
 
 
 def test_ten_steps_equal_torch():
@@ -36,3 +40,36 @@ def test_float32_parameters_stay_float32_and_grads_unchanged():
     AdamW(params).step(grads, lr=0.1)
     assert params["p"].dtype == np.float32
     np.testing.assert_array_equal(grads["p"], np.full((2, 3), 0.5, np.float32))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_large_arrays_are_updated_in_blocks_to_the_same_bits(threads):
+    rng = np.random.default_rng(1)
+    start, grad = (rng.normal(size=(3, BLOCK // 2 + 5)).astype("float32") for _ in range(2))
+    whole, rows = {"p": start.copy()}, {str(i): start[i : i + 1].copy() for i in range(3)}
+    optimizers = AdamW(whole), AdamW(rows)
+    set_threads(threads)
+    try:
+        for _ in range(2):
+            optimizers[0].step({"p": grad}, lr=0.1)
+            optimizers[1].step({str(i): grad[i : i + 1] for i in range(3)}, lr=0.1)
+    finally:
+        set_threads(None)
+    same_bits(whole["p"], np.concatenate(list(rows.values())))
+
+
+def test_arrays_that_are_views_are_updated_in_place():
+    table = np.ones((4, 6))
+    AdamW({"columns": table[:, ::2], "rows": table[1:2, 1:2]}).step(
+        {"columns": np.ones((4, 3)), "rows": np.ones((1, 1))}, lr=0.1
+    )
+    assert np.all(table[:, ::2] < 1)
+    assert table[1, 1] < 1
+    assert np.sum(table == 1) == 11
+
+
+def test_gradients_meet_their_parameters_by_name():
+    params = {"a": np.zeros(2), "b": np.zeros(2)}
+    AdamW(params, weight_decay=0).step({"b": np.ones(2), "a": -np.ones(2)}, lr=0.1)
+    np.testing.assert_allclose(params["a"], [0.1, 0.1], rtol=1e-7)
+    np.testing.assert_allclose(params["b"], [-0.1, -0.1], rtol=1e-7)

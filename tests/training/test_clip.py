@@ -47,3 +47,9 @@ def test_leaves_meet_by_name_whatever_their_order():
     assert global_norm(grads, {"weight": 0, "bias": None}) == 5.0
     with pytest.raises(KeyError):
         global_norm(grads, {"weight": 0})
+
+
+def test_a_large_array_is_squared_in_blocks():
+    g = np.random.default_rng(1).normal(size=(3, 50_000)).astype("float32")
+    assert global_norm({"p": g}, {"p": None}) == pytest.approx(float(np.linalg.norm(g.astype("float64"))), rel=1e-14)
+    assert global_norm({"p": np.zeros((0, 3))}, {"p": None}) == 0
