@@ -5,6 +5,7 @@ that names CuPy, and it does not load it: a CuPy array cannot exist unless CuPy 
 """
 
 import functools
+import importlib
 import sys
 from typing import Any
 
@@ -38,6 +39,11 @@ def array_module(x: Array) -> Any:
     )
 
 
+def is_cuda(xp: Any) -> bool:
+    """Return whether the module compiles CUDA, and launches it on its arrays: CuPy, unless it is built for ROCm."""
+    return xp.__name__ == "cupy" and not xp.cuda.runtime.is_hip
+
+
 def to_numpy(x: Array) -> np.ndarray:
     """Return the values of `x` as a NumPy array, from whatever device they are on."""
     xp = array_module(x)
@@ -57,6 +63,25 @@ def from_numpy(values: np.ndarray, like: Array) -> Array:
         with like.device:
             return xp.asarray(values)
     return xp.asarray(values, device=like.device)
+
+
+def nothing(device: str) -> Array:
+    """Return an array without elements on "cpu" or "gpu", for `from_numpy` to follow.
+
+    Raises
+    ------
+    ImportError, OSError
+        If there is no CuPy, or no GPU.
+    """
+    if device == "cpu":
+        return np.zeros(0)
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as problem:
+        raise ImportError(f"there is no CuPy ({problem}). Install it: pip install 'npnorm[gpu]'.") from None
+    if not cupy.cuda.is_available():
+        raise OSError("CuPy finds no GPU.")
+    return cupy.zeros(0)
 
 
 def contiguous(x: Array, dtype: Any = None) -> Array:

@@ -1,8 +1,9 @@
 """How a row formula is driven: fast where that is exact enough, with care where not. No mathematics of norms.
 
 A norm's page gives a formula over rows; what a row is, is said by its axes (`npnorm.axes`). `Rows` has it evaluated by
-`npnorm.fast`, in cache-sized blocks of rows and by several threads; or, where that does not know the formula or the
-arrays, by `npnorm.careful`: arrays of float64, rows that are split over a group, other array modules, complex numbers.
+`npnorm.fast`, in cache-sized blocks of rows and by several threads; on a GPU by `npnorm.device`; or, where these do not
+know the formula or the arrays, by `npnorm.careful`: arrays of float64, rows that are split over a group, other array
+modules, complex numbers.
 """
 
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, dtype_name
+from npnorm.arrays import Array, array_module, dtype_name, is_cuda
 from npnorm.axes import Axes
 from npnorm.careful import Careful
+from npnorm.device import Device
 from npnorm.fast import Fast
 from npnorm.group import Group, everywhere
 
@@ -42,6 +44,7 @@ class Rows:
         self.compute = compute or "float64"
         self.careful = Careful(axes, self.eps, self.group)
         self.fast = Fast(axes, self.eps, self.compute, self.careful)
+        self.device = Device(axes, self.eps, self.compute, self.careful)
 
     def forward(
         self,
@@ -79,20 +82,22 @@ class Rows:
             The exponent of two for each row: it was divided by 2^scale. None if no row needed it.
         """
         if not others and not constants:
-            known = self.fast.known_forward(x, params, out)
+            known = self.fast.repeated.forward(x, params, out)
             if known is not None:
                 return known
         check(x=x)
         self._check_dtypes(x, *others, *params.values())
-        self._check_out(out, x, *others)
-        written = None if others else self.fast.written(formula, {"x": x}, params, len(constants))
+        self._check_out(out, x, *others, *params.values())
+        way = self._way(x)
+        written = None if others else way.written(formula, {"x": x}, params, len(constants))
         if written is None:
             y, statistics, scale = self.careful.forward(formula, x, params, *others, constants=constants)
             return _into(out, y), statistics, scale
         rows = self.axes.rows(x)
+        out = self.device.empty(x) if out is None and way is self.device else out
         y = np.empty_like(rows) if out is None else self.axes.rows(out)
-        statistics, scale = self.fast.forward(written, formula, rows, params, constants, y)
-        if not constants:
+        statistics, scale = way.forward(written, formula, rows, params, constants, y)
+        if not constants and way is self.fast:
             self.fast.remember("x", written, x, rows, params)
         return (self.axes.restore(y, x) if out is None else out), statistics, scale
 
@@ -121,13 +126,13 @@ class Rows:
             For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
         """
         if scale is None and plus is None and not others:
-            known = self.fast.known_backward(dy, x, params, statistics, out)
+            known = self.fast.repeated.backward(dy, x, params, statistics, out)
             if known is not None:
                 return known
         check(dy=dy, x=x)
         self._check_dtypes(x, dy, *others, *params.values())
         arrays = {"dy": dy, "x": x} | ({} if plus is None else {"plus": plus})
-        self._check_out(out, *arrays.values(), *others)
+        self._check_out(out, x, *arrays.values(), *others, *params.values())
         rows = {name: self.axes.rows(a) for name, a in arrays.items()}
         with everywhere(self.group):
             if any(a.shape[0] != rows["dy"].shape[0] for a in statistics):
@@ -135,15 +140,16 @@ class Rows:
                     f"{self.axes.layer}: this norm makes {rows['dy'].shape[0]} rows of x, and saved has statistics of "
                     f"{statistics[0].shape[0]}. Hand backward what this very norm saved."
                 )
-        written = None
+        written, way = None, self._way(x)
         if scale is None and not others:
-            written = self.fast.written(formula, arrays, params, len(statistics))
+            written = way.written(formula, arrays, params, len(statistics))
         if written is None:
             dx, grads = self.careful.backward(formula, dy, x, params, statistics, scale, *others, plus=plus)
             return _into(out, dx), grads
+        out = self.device.empty(x) if out is None and way is self.device else out
         rows_dx = np.empty_like(rows["x"]) if out is None else self.axes.rows(out)
-        found = self.fast.backward(written, formula, rows, params, statistics, rows_dx)
-        if plus is None:
+        found = way.backward(written, formula, rows, params, statistics, rows_dx)
+        if plus is None and way is self.fast:
             self.fast.remember("dy", written, x, rows["x"], params)
         if found is None:  # the rows of dx do not depend on this: each was evaluated as it needs
             _, found = self.careful.backward(formula, dy, x, params, statistics, scale)
@@ -154,6 +160,10 @@ class Rows:
         xp = array_module(param)
         return param if dtype_name(param) == "complex128" else xp.astype(param, xp.float64, copy=False)
 
+    def _way(self, x: Array) -> Any:
+        """Return what evaluates formulas where no care is needed."""
+        return self.device if is_cuda(array_module(x)) else self.fast
+
     def _check_dtypes(self, *arrays: Array) -> None:
         with everywhere(self.group):
             if self.compute == "float32" and "float64" in {dtype_name(a) for a in arrays}:
@@ -161,20 +171,24 @@ class Rows:
                     f"{self.axes.layer}: compute='float32' would cut float64 arrays short. Leave compute out for them."
                 )
 
-    def _check_out(self, out: Array | None, *read: Array) -> None:
-        """Raise unless `out` can be written to while the arrays, of which the last is like x, are read."""
+    def _check_out(self, out: Array | None, x: Array, *others: Array) -> None:
+        """Raise unless a result like x can be written to `out` while x and the others are read."""
         if out is None:
             return
-        x, layer = read[-1], self.axes.layer
+        layer = self.axes.layer
         with everywhere(self.group):
             if array_module(out) is not array_module(x) or tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
                 raise ValueError(
                     f"{layer}: out must be an array like x, {tuple(x.shape)} {dtype_name(x)}; {tuple(out.shape)} "
                     f"{dtype_name(out)} came. Make it by numpy.empty_like(x)."
                 )
-            if isinstance(out, np.ndarray) and not (out.flags.c_contiguous and out.flags.writeable):
-                raise ValueError(f"{layer}: out must be writable and in C order. Make it by numpy.empty(x.shape).")
-            if isinstance(out, np.ndarray) and any(np.may_share_memory(out, a) for a in read):
+            plain = isinstance(out, np.ndarray) or is_cuda(array_module(out))
+            flags = ("c_contiguous", "writeable", "aligned")  # a GPU's arrays have the first only
+            if plain and not all(getattr(out.flags, flag, True) for flag in flags):
+                raise ValueError(
+                    f"{layer}: out must be writable, aligned and in C order. Make it by numpy.empty(x.shape, x.dtype)."
+                )
+            if plain and any(array_module(out).may_share_memory(out, a) for a in (x, *others)):
                 raise ValueError(
                     f"{layer}: out shares memory with an array that is read, and that backward may need. Take another."
                 )

@@ -9,7 +9,6 @@ Some rows lose digits this way. Which, is seen in a few numbers for each row, it
 blocks, or on the number of threads; and the gradient of a parameter is a sum of the blocks' sums, in their order.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,10 +17,11 @@ import numpy as np
 from npnorm import kernels
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
 from npnorm.axes import Axes
-from npnorm.careful import SAFE, Careful, buffer_size, evaluation, threads_for, width
+from npnorm.careful import Careful, evaluation, threads_for, width
 from npnorm.group import Solo
-from npnorm.terms import Tape
+from npnorm.repeated import Repeated
 from npnorm.threads import share
+from npnorm.written import LANE, NARROW, SHORT, Limits, limits_of, record
 
 BLOCK = 1 << 21
 """Bytes of one operand in a block, in working precision: twice a core's L2 cache.
@@ -33,53 +33,12 @@ time, with 0.5 MiB 1.3, with 8 MiB a backward pass in float64 1.3. The smaller o
 TASKS = 32
 """In how many parts, at most, the blocks are handed out to threads; each keeps a sum for each parameter."""
 
-SHORT = 8
-"""The fewest features for which the fast way pays: of a shorter row, a mean takes most digits."""
-
-SMALL = 1 << 14
-"""The elements of x up to which new memory costs less than to look for what a thread keeps."""
-
-LANE = 16
-"""The shortest last axis of channels for which it pays."""
-
-NARROW = ("float16", "bfloat16", "float32")
-"""The dtypes whose squares float64 holds, with digits to spare."""
-
-
-class Limits(NamedTuple):
-    """What a row must keep to, so that the fast way is exact enough."""
-
-    mean: float  # the largest mean, in units of the row's spread
-    size: float  # rstd between 2^-size and 2^size
-    tiny: float  # the smallest largest |x| of a row that is lost beside eps; 0 is no harm
-    square: float  # |dz|^2 between 2^-square and 2^square; 0 is no harm
-    left: float  # the least share of |dz|^2 that is left in dx
-    weight: float  # the largest |w|
-
-
-LIMITS = {
-    "float32": Limits(mean=4.0, size=50, tiny=2.0**-100, square=100, left=2.0**-2, weight=2.0**20),
-    "float64": Limits(mean=2.0**12, size=SAFE, tiny=0.0, square=900, left=2.0**-20, weight=2.0**300),
-}
-"""By the working precision."""
-
 
 class Written(NamedTuple):
     """A formula as a kernel."""
 
     kernel: kernels.Kernel
     means: tuple[int, ...]  # backward: which of the statistics are means
-
-
-class Known(NamedTuple):
-    """What is known of arrays of one shape and dtype that make a single block, once they have passed all checks."""
-
-    run: Callable[..., tuple[Any, ...]]
-    buffer: int  # the length of NumPy's ufunc buffer; 0: as it is
-    means: tuple[int, ...]
-    params: dict[str, np.ndarray]  # these very arrays
-    same: tuple[np.ndarray, ...]  # w and b, where they have the working precision
-    rows: tuple[int, ...]
 
 
 class Fast:
@@ -98,11 +57,9 @@ class Fast:
 
     def __init__(self, axes: Axes, eps: float, compute: str, careful: Careful) -> None:
         self.axes, self.eps, self.compute, self.careful = axes, eps, compute, careful
-        self.limits = LIMITS[compute]
+        self.limits: Limits = limits_of(axes.kernel, compute)
+        self.repeated = Repeated(eps, compute, self.limits)
         self._written: dict[tuple[Any, ...], Written | None] = {}
-        self._known: dict[tuple[Any, ...], Known] = {}
-        beside_eps = math.sqrt((1 - 2.0**-20) / eps) if eps and self.limits.tiny else math.inf
-        self._rstd = 2.0**-self.limits.size, min(2.0**self.limits.size, beside_eps)
 
     def written(
         self, formula: Callable[..., Any], arrays: dict[str, Array], params: dict[str, Array], numbers: int
@@ -125,12 +82,10 @@ class Fast:
             suits = shape[0] >= SHORT and all(a.size == shape[0] for a in params.values())
         else:
             suits = shape[-1] >= LANE
-        w = params.get("weight", np.ones(1))
-        if (
-            not suits
-            or any(a.dtype != x.dtype for a in arrays.values())
-            or not float(abs(w).max()) < self.limits.weight
-        ):
+        if not suits or any(a.dtype != x.dtype for a in arrays.values()):
+            return None
+        w = params.get("weight")
+        if "dy" in arrays and w is not None and not float(abs(w).max()) < self.limits.weight:
             return None
         key = (getattr(formula, "func", formula).__code__, tuple(arrays), x.dtype, shape, tuple(params))
         if key not in self._written:
@@ -149,22 +104,14 @@ class Fast:
         params: tuple[str, ...],
         count: int,
     ) -> Written:
-        tape = Tape(shape, folds=self.axes.kernel != "Features")
-        used = [name for name in params if name == "weight" or "dy" not in arrays]
-        of_params = "row" if self.axes.kernel == "Batch" else "column"
-        given = {name: tape.given(name, of_params) for name in used}
-        numbers = [tape.given(f"s{i}", "row") for i in range(count)]
-        names = (*used, *(f"s{i}" for i in range(count)))
+        made = record(self.axes.kernel, formula, arrays, shape, params, count, self.eps)
+        names = (*made.params, *(f"s{i}" for i in range(count)))
         casts = dtype != np.dtype(self.compute)  # another byte order, too, is cast
         kind = kernels.Kind(self.axes.kernel, arrays, names, self.compute, casts)
-        x, w, b = tape.array("x"), given.get("weight"), given.get("bias")
         if "dy" not in arrays:
-            y, statistics = formula(x, w, b, *numbers, self.eps)
-            return Written(kernels.forward(tape, kind, y, statistics), ())
-        dx, by_row = formula(tape.array("dy"), x, w, *numbers, self.eps)
-        dx = dx + tape.array("plus") if "plus" in arrays else dx
-        kernel = kernels.backward(tape, kind, dx, {name: by_row[name] for name in params})
-        return Written(kernel, tuple(numbers.index(mean) for mean in tape.means))
+            return Written(kernels.forward(made.tape, kind, made.result, made.statistics), ())
+        kernel = kernels.backward(made.tape, kind, made.result, made.grads)
+        return Written(kernel, tuple(made.numbers.index(mean) for mean in made.tape.means))
 
     def forward(
         self,
@@ -237,83 +184,10 @@ class Fast:
                 grads[name] = round_to(np.reshape(total, params[name].shape), params[name].dtype)
         return grads
 
-    def known_forward(
-        self, x: Array, params: dict[str, Array], out: Array | None = None
-    ) -> tuple[Array, tuple[Array, ...], None] | None:
-        """Return what `forward` does, for arrays like those that came before; None for others, or for care."""
-        known = self._find("x", x, params)
-        if known is None or not (out is None or _suits(out, x)):
-            return None
-        rows = x if x.ndim == 2 else x.reshape(known.rows)
-        y = np.empty(known.rows, x.dtype) if out is None else out.reshape(known.rows)
-        with np.errstate(all="ignore"):
-            if known.buffer:
-                np.setbufsize(known.buffer)
-            flat, means = known.run(rows, *(known.same or self._cast(known.params)), y)
-        if not _within(flat[-1], *self._rstd):
-            return None
-        for mean in means:
-            if not _within(mean, -self.limits.mean, self.limits.mean):
-                return None
-        return (y.reshape(x.shape) if out is None else out), tuple([a[:, None] for a in flat]), None
-
-    def known_backward(
-        self, dy: Array, x: Array, params: dict[str, Array], statistics: tuple[Array, ...], out: Array | None = None
-    ) -> tuple[Array, dict[str, Array]] | None:
-        """Return dx and gradients, for arrays like those that came before; None for others, or for care."""
-        known = self._find("dy", x, params)
-        if known is None or type(dy) is not np.ndarray or dy.shape != x.shape or dy.dtype != x.dtype or not _plain(dy):
-            return None
-        if out is not None and not (_suits(out, x) and _suits(out, dy)):
-            return None
-        numbers = [a.reshape(-1) for a in statistics if a.dtype == self.compute]
-        if len(numbers) < len(statistics) or len(numbers[-1]) != known.rows[0]:
-            return None
-        dx, limits = np.empty(known.rows, x.dtype) if out is None else out.reshape(known.rows), self.limits
-        with np.errstate(all="ignore"):
-            if known.buffer:
-                np.setbufsize(known.buffer)
-            weight = (known.same or self._cast(known.params))[: "weight" in known.params]
-            sums, (square,), (left,) = known.run(dy.reshape(known.rows), x.reshape(known.rows), *weight, *numbers, dx)
-            good = (
-                all(w.dot(w) < limits.weight**2 for w in weight)
-                and _within(numbers[-1], *self._rstd)
-                and all(_within(numbers[i] * numbers[-1], -limits.mean, limits.mean) for i in known.means)
-                and _within(square, 2.0**-limits.square, 2.0**limits.square)
-                and _within(left / square, limits.left - 1, math.inf)
-                and all(a.dot(a) < math.inf for a in sums)
-            )
-            if not good:
-                return None
-            grads = {n: round_to(a, p.dtype) for (n, p), a in zip(known.params.items(), sums, strict=True)}
-        return (dx.reshape(x.shape) if out is None else out), grads
-
-    def _find(self, which: str, x: Array, params: dict[str, Array]) -> Known | None:
-        if type(x) is not np.ndarray:
-            return None
-        known = self._known.get((which, x.shape, x.dtype))
-        if known is None or not _plain(x):
-            return None
-        for name, a in known.params.items():
-            if params.get(name) is not a:
-                return None
-        return known
-
-    def _cast(self, params: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-        return tuple([a.astype(self.compute, copy=False) for a in params.values()])
-
     def remember(self, which: str, written: Written, x: np.ndarray, rows: np.ndarray, params: dict[str, Array]) -> None:
-        """Note that arrays like these have passed all checks, if they make a single block."""
-        plain = type(x) is np.ndarray and all(
-            type(a) is np.ndarray and a.ndim == 1 and _plain(a) for a in params.values()
-        )
-        itemsize = np.dtype(self.compute).itemsize
-        if self.axes.kernel == "Features" and plain and x.size * itemsize <= BLOCK:
-            same = tuple(params.values()) if all(a.dtype == self.compute for a in params.values()) else ()
-            run, buffer = written.kernel.once, 0
-            if x.size > SMALL:
-                run, buffer = written.kernel.run, buffer_size(rows.shape[-1])
-            self._known[which, x.shape, x.dtype] = Known(run, buffer, written.means, dict(params), same, rows.shape)
+        """Note that arrays like these have passed all checks, if they make a single block; which: "x" or "dy"."""
+        if self.axes.kernel == "Features" and x.size * np.dtype(self.compute).itemsize <= BLOCK:
+            self.repeated.remember(which, written.kernel, written.means, x, rows.shape, params)
 
     def _with_care(
         self,
@@ -396,10 +270,10 @@ class Fast:
         self, params: dict[str, Array], numbers: tuple[Array, ...], count: int
     ) -> Callable[[Any], tuple[np.ndarray, ...]]:
         """Return a function that gives parameters and numbers for some of `count` rows, in working precision."""
-        flat = [np.asarray(contiguous(a, self.compute)) for a in params.values()]
-        by_row = [np.reshape(np.asarray(a, self.compute), -1) for a in numbers]
+        dtype = self.compute if self.axes.kernel == "Features" else np.float64
+        flat = [np.reshape(np.asarray(contiguous(a, dtype)), -1) for a in params.values()]
+        by_row = [np.reshape(np.asarray(a, dtype), -1) for a in numbers]
         if self.axes.kernel == "Features":
-            flat = [np.reshape(a, -1) for a in flat]
             return lambda s: (*flat, *(a[s] for a in by_row))
         if self.axes.kernel == "Channels":
             flat = [self.axes.spread(a, slice(0, count))[..., 0] for a in flat]
@@ -410,28 +284,6 @@ class Fast:
         """Return w and b for the rows that need care, in float64."""
         whole = self.careful.params(params, slice(0, len(x)), np.float64)
         return tuple(a if a is None or a.ndim < x.ndim else a[careful] for a in whole)
-
-
-def _plain(x: np.ndarray) -> bool:
-    """Return whether x is in C order and aligned."""
-    return x.flags.num & 0x101 == 0x101  # as flags.c_contiguous and flags.aligned, in a third of the time
-
-
-def _suits(out: Array, x: np.ndarray) -> bool:
-    """Return whether a result like x can be written to `out` while x is read."""
-    if type(out) is not np.ndarray or out.shape != x.shape or out.dtype != x.dtype:
-        return False
-    return _plain(out) and out.flags.writeable and not np.may_share_memory(out, x)
-
-
-def _within(a: np.ndarray, low: float, high: float) -> bool:
-    """Return whether all numbers lie between two; a NaN does not."""
-    if a.size > 16:
-        return bool(((a > low) & (a < high)).all())
-    for value in a.tolist():  # for a few numbers this takes a third of the time
-        if not low < value < high:
-            return False
-    return True
 
 
 def _joined(parts: list[Any]) -> Any:

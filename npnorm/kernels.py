@@ -4,12 +4,13 @@ The levers, each measured on blocks that stay in cache (float32, microseconds fo
 
     vecdot          a sum of squares or products without the product in memory: 4, where multiply and add.reduce take 18
                     a sum is a product with ones: 4, where add.reduce takes 12
-    einsum          a sum over columns, 'i,ij->j': 8; a matrix-vector product takes 4, but BLAS would start threads,
-                    which fight with ours
+    einsum          a sum over columns, 'i,ij->j': 8, where add.reduce takes 8 to 10; a single product takes 4, but BLAS
+                    would start threads, which fight with ours
     in place        y *= r: 5 to 7, where z = y * r takes 8 to 10: no other memory is touched
     scratch         memory that a thread keeps: new memory costs a page fault for each 4 KiB
     ufunc buffer    of the length of a row, see `npnorm.blocked`: halves y * r and y * w
-    folding         where w is a number for each channel, z w + b is x A + B: two passes
+    folding         where w is a number for each channel, z w + b is x A + B: two passes. The few numbers A and B are
+                    kept in float64, since mean(x^2) - mean(x)^2 takes digits
 
 Sums run over pieces of at most 8192 elements, for which BLAS starts no threads. They depend on the row alone, so that a
 row has the same bits wherever it stands and whatever thread computes it.
@@ -24,11 +25,32 @@ from npnorm.arrays import PIECE, round_to
 from npnorm.terms import Factor, Tape, Term, Terms
 from npnorm.threads import scratch
 
+STRIP = 128
+"""Rows, at most, that are added in working precision; the sums of strips are added in float64."""
+
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the sum of products over a long last axis, piece by piece."""
+    """Return the sum of products over a long last axis, piece by piece; the pieces are added in float64."""
     cuts = range(0, a.shape[-1], PIECE)
-    return sum(np.vecdot(a[..., i : i + PIECE], b[..., i : i + PIECE]) for i in cuts)
+    total = sum(np.vecdot(a[..., i : i + PIECE], b[..., i : i + PIECE]).astype(np.float64) for i in cuts)
+    return total.astype(a.dtype)  # type: ignore[union-attr]
+
+
+def columns(a: np.ndarray, row: np.ndarray | None = None) -> np.ndarray:
+    """Return the sum over the rows of a block, each times its number, strip by strip.
+
+    Strips of short rows are products with BLAS, which starts no threads for 8192 elements, in half the time.
+    """
+    row = np.ones(len(a), a.dtype) if row is None else row
+    by_blas = a.shape[1] <= PIECE // 64
+    strip = min(STRIP, PIECE // a.shape[1]) if by_blas else STRIP
+    if len(a) <= strip:
+        return np.einsum("i,ij->j", row, a)
+    whole = len(a) // strip * strip
+    strips, numbers = a[:whole].reshape(-1, strip, a.shape[1]), row[:whole].reshape(-1, strip)
+    sums = np.matmul(numbers[:, None, :], strips)[:, 0] if by_blas else np.einsum("si,sij->sj", numbers, strips)
+    total = np.add.reduce(sums, axis=0, dtype=np.float64)
+    return total if whole == len(a) else total + np.einsum("i,ij->j", row[whole:], a[whole:])
 
 
 NAMES: dict[str, Any] = {
@@ -41,10 +63,12 @@ NAMES: dict[str, Any] = {
     "sqrt": np.sqrt,
     "zeros_like": np.zeros_like,
     "copyto": np.copyto,
-    "einsum": np.einsum,
     "vecdot": np.vecdot,
     "reduce": np.add.reduce,
     "dot": dot,
+    "columns": columns,
+    "float64": lambda a: a.astype(np.float64, copy=False),
+    "float32": lambda a: a.astype(np.float32),
     "to_float32": lambda a: a.astype(np.float32).astype(a.dtype),
     "scratch": scratch,
     "round_to": round_to,
@@ -56,14 +80,13 @@ class Sums(NamedTuple):
     """How sums over rows, and numbers for each row, are written for one kind of axes."""
 
     spread: str  # brings numbers to an array of the block
-    total: str  # the sum of an array over each row, or each channel of it
-    row: str  # brings the sums of products over the last axis to numbers for each row
+    row: str  # brings the sums over the last axis to numbers for each row
 
 
 SUMS = {
-    "Features": Sums("{}[:, None]", "{vecdot}({}, ones)", "{}"),
-    "Channels": Sums("{}[..., None]", "einsum('ijk->ij', {})", "reduce({}, axis=1, keepdims=True)"),
-    "Batch": Sums("{}[:, None, None]", "einsum('ijk->i', {})", "reduce({}, axis=1)"),
+    "Features": Sums("{}[:, None]", "{}"),
+    "Channels": Sums("{}[..., None]", "reduce({}, axis=1, keepdims=True)"),
+    "Batch": Sums("{}[:, None, None]", "reduce({}, axis=1)"),
 }
 
 
@@ -121,6 +144,7 @@ class _Writer:
     def __init__(self, tape: Tape, kind: Kind, results: tuple[Any, ...], column_first: bool) -> None:
         self.tape, self.kind, self.results, self.column_first = tape, kind, results, column_first
         self.sums = SUMS[kind.axes]
+        self.narrow = tape.folds and kind.work == "float32"
         self.vecdot = "vecdot" if tape.shape[-1] <= PIECE else "dot"
         self.lines: list[str] = []
         self.numbers: dict[str, np.ndarray] = {}
@@ -163,8 +187,8 @@ class _Writer:
             return self.value(terms.sum_over_lane())
         found = []
         for term in terms.terms:
-            array, row = self._product(term.base), self.value(term.row)
-            total = f"reduce({array}, axis=0)" if term.row is None else f"einsum('i,ij->j', {row}, {array})"
+            array = self._product(term.base)
+            total = f"columns({array})" if term.row is None else f"columns({array}, {self.value(term.row)})"
             found.append(total if term.column is None else f"{total} * {self.value(term.column)}")
         return self._new(" + ".join(found))
 
@@ -190,7 +214,7 @@ class _Writer:
         """Return the variable of a number: as an array without axes, which NumPy takes in half the time."""
         known = (name for name, value in self.numbers.items() if float(value) == float(value.dtype.type(number)))
         name = next(known, f"k{len(self.numbers)}")
-        self.numbers[name] = np.array(number, self.kind.work)
+        self.numbers[name] = np.array(number, "float64" if self.tape.folds else self.kind.work)
         return name
 
     def _sum(self, terms: Terms, over: str) -> str:
@@ -216,9 +240,10 @@ class _Writer:
             return self._number(float(self.tape.shape[-1])) if column is None else f"reduce({self.value(column)})"
         if column is not None:
             return f"{self.vecdot}({self._product(base)}, {self.value(column)})"
-        if len(base) == 1:
-            return self.sums.total.format(self._array(base[0]), vecdot=self.vecdot)
-        total = f"{self.vecdot}({self._array(base[0])}, {self._array(base[1])})"
+        other = "ones" if len(base) == 1 else self._array(base[1])
+        order = ", order='C'" if self.kind.axes == "Batch" and self.vecdot == "vecdot" else ""
+        total = f"{self.vecdot}({self._array(base[0])}, {other}{order})"
+        total = f"float64({total})" if self.tape.folds else total
         return self.sums.row.format(total) if self.kind.axes == "Batch" else total
 
     def _array(self, name: str) -> str:
@@ -286,7 +311,7 @@ class _Writer:
 
     def _spread(self, factor: Factor) -> str:
         """Return a factor so that it meets an array."""
-        value = self.value(factor)
+        value = f"float32({self.value(factor)})" if self.narrow else self.value(factor)
         own = factor.kind == "row" or (factor.kind == "column" and self.tape.folds)
         return self.sums.spread.format(value) if own else value
 

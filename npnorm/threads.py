@@ -8,6 +8,7 @@ import contextvars
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ class _Helper(threading.Thread):
         self.done.acquire()
         self.task: Callable[[], None] = lambda: None
         self.problem: BaseException | None = None
+        self.finished, self.idle = True, True
 
     def run(self) -> None:
         while True:
@@ -41,20 +43,24 @@ class _Helper(threading.Thread):
                 self.problem = problem
             del self.task  # and the arrays that it holds
             self.done.release()
+            self.finished = True
 
     def begin(self, task: Callable[[], None]) -> None:
-        self.task, self.problem = task, None
+        self.task, self.problem, self.finished, self.idle = task, None, False, False
         self.given.release()
 
     def wait(self) -> None:
-        """Wait for the end of the task, whatever interrupts: it writes into the caller's arrays."""
+        """Wait for the end of the task, if one was begun, whatever interrupts: it writes into the caller's arrays."""
         interrupted: BaseException | None = None
-        while True:
+        while not self.idle:
             try:
                 self.done.acquire()
-                break
+                self.idle = True
             except BaseException as problem:
                 interrupted = problem
+                while not self.finished:
+                    time.sleep(0.001)
+                self.idle = self.done.locked()  # the interrupt came after the lock was taken
         if interrupted:
             raise interrupted
 
@@ -137,10 +143,10 @@ def share(work: Callable[[int], None], count: int, threads: int | None = None) -
             _helpers.append(_Helper())
             _helpers[-1].start()
         helpers = _helpers[: n - 1]
-        for helper in helpers:
-            context = contextvars.copy_context()
-            helper.begin(lambda context=context: context.run(some))  # type: ignore[misc]
         try:
+            for helper in helpers:
+                context = contextvars.copy_context()
+                helper.begin(lambda context=context: context.run(some))  # type: ignore[misc]
             some()
         finally:
             for helper in helpers:

@@ -14,7 +14,20 @@ FILES = {
 }
 ALL = pytest.mark.parametrize("name", FILES)
 
-FLOORS = [{"arrays", "threads"}, {"group"}, {"terms"}, {"axes", "kernels", "layer", "mpi"}, {"careful"}, {"fast"}, {"blocked"}, {"norms"}, {"layers"}, {"blocks", "config"}]
+FLOORS = [
+    {"arrays", "threads"},
+    {"group"},
+    {"terms"},
+    {"written"},
+    {"axes", "cuda", "kernels", "layer", "mpi"},
+    {"careful"},
+    {"repeated"},
+    {"device", "fast"},
+    {"blocked"},
+    {"norms"},
+    {"layers"},
+    {"blocks", "config"},
+]
 FLOORS += [{"transformer"}, {"training"}, {"__init__"}, {"studies", "bench"}]
 
 

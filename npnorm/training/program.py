@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from npnorm.arrays import Array
+from npnorm.arrays import Array, from_numpy, nothing
 from npnorm.config import Config, init, layout
 from npnorm.group import Group
-from npnorm.layer import checksum, leaves
+from npnorm.layer import checksum, leaves, map_tree
 from npnorm.training.loop import Recipe, evaluate, generate, train
 from npnorm.training.text import Characters, language_reference, read, split, unigram_entropy
 from npnorm.transformer import Transformer
@@ -37,6 +37,7 @@ def arguments(group: Group, description: str, argv: Sequence[str] | None = None)
     add("--heads", type=positive_integer, default=Config.heads, help="heads of attention; the ranks must divide them")
     add("--lr", type=positive_number, default=Recipe.lr, help="the highest learning rate")
     add("--sample", type=natural_number, default=400, help="characters to write at the end")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="where the arrays lie; a GPU takes CuPy")
     if group.rank == 0:
         return parser.parse_args(argv)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
@@ -56,7 +57,11 @@ def train_on_text(group: Group, make_config: Callable[..., Config], settings: ar
     """
     try:
         characters, learn, held_out, model = _prepare(group, make_config, settings)
-    except (OSError, ValueError) as problem:  # what the settings ask for cannot be had: no place in the code to show
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+    ) as problem:  # what the settings ask for cannot be had: no place in the code to show
         raise SystemExit(f"error: {problem}") from problem
     speak = print if group.rank == 0 else lambda *_, **__: None
     entropy = unigram_entropy(np.concatenate([learn, held_out]))
@@ -92,6 +97,7 @@ def _prepare(
     group: Group, make_config: Callable[..., Config], settings: argparse.Namespace
 ) -> tuple[Characters, np.ndarray, np.ndarray, Transformer]:
     """Return the vocabulary, the ids to learn and those held out, and the model with its first parameters."""
+    like = nothing(settings.device)
     text = language_reference() if settings.text is None else read(settings.text)
     group.agree(f"a text of {len(text)} characters, checksum {zlib.crc32(text.encode()):08x}")
     characters = Characters(text)
@@ -104,7 +110,7 @@ def _prepare(
         heads=settings.heads,
         context=settings.context,
     )
-    params = init(config, np.random.default_rng(settings.seed))
+    params = map_tree(lambda a: from_numpy(a, like), init(config, np.random.default_rng(settings.seed)))
     return characters, learn, held_out, Transformer(config, params, group=group)
 
 

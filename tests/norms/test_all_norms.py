@@ -1,3 +1,5 @@
+import inspect
+
 import array_api_strict
 import numpy as np
 import pytest
@@ -110,6 +112,7 @@ def test_blocks_of_any_size_give_the_same(entry, block, monkeypatch):
     params, x, dy = problem(entry, np.random.default_rng(7))
     expected = run(entry.make(params), x, dy)
     monkeypatch.setattr("npnorm.fast.BLOCK", block)
+    monkeypatch.setattr("npnorm.careful.BLOCK", block)
     came = run(entry.make(params), x, dy)
     same_bits({"y": came["y"], "dx": came["dx"]}, {"y": expected["y"], "dx": expected["dx"]})
     for (_, a), (_, b) in zip(leaves(came["grads"]), leaves(expected["grads"]), strict=True):
@@ -142,3 +145,61 @@ def test_gradients_are_right_though_their_products_leave_the_range(entry, of_x, 
     expected = np.ldexp(plain, powers[1] + powers[2] - powers[0])
     np.testing.assert_allclose(dx, expected, rtol=1e-12, atol=4e-324)
     close(np.ldexp(grads[name], -powers[1]), plain_grads[name], 1e-14)
+
+
+def takes_out(entry):
+    params, _ = entry.draw(np.random.default_rng(0))
+    return "out" in inspect.signature(entry.make(params).forward).parameters
+
+
+TAKE_OUT = [entry for entry in CATALOGUE if takes_out(entry)]
+
+
+def test_these_norms_take_an_out():
+    names = {entry.name.replace(",", "").partition(" ")[0] for entry in TAKE_OUT}
+    plain = {"LayerNorm", "RMSNorm", "PartialRMSNorm", "GroupNorm", "InstanceNorm", "BatchNorm", "ScaleNorm", "L2Norm"}
+    assert names == plain | {"DyT", "Derf"}
+
+
+@pytest.mark.parametrize("entry", TAKE_OUT, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_what_is_written_to_out_is_what_is_returned_without(entry, dtype):
+    params, x, dy = problem(entry, np.random.default_rng(9), dtype)
+    layer = entry.make(params)
+    expected = run(layer, x, dy)
+    y, dx = np.full_like(x, np.nan), np.full_like(x, np.nan)
+    before = {"x": x.copy(), "dy": dy.copy()}
+    came, saved = layer.forward(x, out=y)
+    assert came is y
+    came, grads = layer.backward(dy, saved, out=dx)
+    assert came is dx
+    same_bits({"y": y, "dx": dx, "grads": grads}, expected)
+    same_bits({"x": x, "dy": dy}, before)
+
+
+@pytest.mark.parametrize("entry", TAKE_OUT, ids=lambda entry: entry.name)
+def test_out_is_written_to_over_and_over(entry):
+    layers = [problem(entry, np.random.default_rng(seed)) for seed in (10, 11)]
+    out = np.empty(entry.x)
+    for params, x, _ in layers:
+        y, _ = entry.make(params).forward(x, out=out)
+        same_bits(out, entry.make(params).forward(x)[0])
+        assert y is out
+
+
+def test_inference_takes_an_out():
+    params, x, dy = problem(next(e for e in CATALOGUE if e.name == "BatchNorm"), np.random.default_rng(12))
+    layer = norms.BatchNorm(**params)
+    expected, saved = layer.inference(x)
+    y, dx = np.empty_like(x), np.empty_like(x)
+    assert layer.inference(x, out=y)[0] is y
+    assert layer.backward(dy, saved, out=dx)[0] is dx
+    same_bits({"y": y, "dx": dx}, {"y": expected, "dx": layer.backward(dy, saved)[0]})
+
+
+def test_an_out_of_another_module_is_written_to():
+    x = array_api_strict.asarray(np.random.default_rng(13).standard_normal((4, 6)))
+    out = array_api_strict.zeros((4, 6))
+    y, _ = norms.LayerNorm().forward(x, out=out)
+    assert y is out
+    same_bits(to_numpy(out), to_numpy(norms.LayerNorm().forward(x)[0]))

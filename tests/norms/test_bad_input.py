@@ -3,6 +3,7 @@
 `docs/norms/bad_input.md` shows the rows of REFUSED and ACCEPTED to readers; a test holds it to them.
 """
 
+import inspect
 import pathlib
 import re
 import warnings
@@ -494,6 +495,60 @@ def complex_numbers():
         yield row("LayerNorm", f"{argument} of complex128", TypeError, "^LayerNorm.*complex128", **{argument: bad})
 
 
+def built(name):
+    return NORMS[name].make(**{n: array(shape) for n, shape in NORMS[name].params.items()})
+
+
+TAKE_OUT = [name for name in NORMS if "out" in inspect.signature(built(name).forward).parameters]
+
+
+def outs():
+    """Return rows for an out that cannot be written to, or that is read."""
+    for name in TAKE_OUT:
+        (shape,) = NORMS[name].inputs.values()
+        like_x = f"{name}: out must be an array like x, {shape} float64;"
+        fresh = "Make it by numpy.empty_like(x)."
+        in_order = f"{name}: out must be writable, aligned and in C order. Make it by numpy.empty(x.shape, x.dtype)."
+        shared = f"{name}: out shares memory with an array that is read, and that backward may need. Take another."
+        fixed = np.empty(shape)
+        fixed.flags.writeable = False
+        wider = (*shape[:-1], shape[-1] + 1)
+        for what, out, said in (
+            ("of another shape", np.empty(wider), f"{like_x} {wider} float64 came. {fresh}"),
+            ("with an axis more", np.empty((1, *shape)), f"{like_x} {(1, *shape)} float64 came. {fresh}"),
+            ("of another dtype", np.empty(shape, "float32"), f"{like_x} {shape} float32 came. {fresh}"),
+            ("big-endian", np.empty(shape, ">f8"), f"{like_x} {shape} float64 came. {fresh}"),
+            ("of another library", strict.empty(shape), f"{like_x} {shape} float64 came. {fresh}"),
+            ("column by column", np.empty(shape, order="F"), in_order),
+            ("every second of a larger array", np.empty((2 * shape[0], *shape[1:]))[::2], in_order),
+            ("that may not be written to", fixed, in_order),
+            ("that is x", lambda x, dy: x, shared),
+            ("that overlaps x", lambda x, dy: x.base[1:], shared),
+        ):
+            yield Row(f"{name}: y to an out {what}", partial(write_to, name, out, False), ValueError, exact(said))
+            yield Row(f"{name}: dx to an out {what}", partial(write_to, name, out, True), ValueError, exact(said))
+        own = partial(write_to, name, lambda x, dy: dy, True)
+        yield Row(f"{name}: dx to an out that is dy", own, ValueError, exact(shared))
+        overlapping = partial(write_to, name, lambda x, dy: dy.base[1:], True)
+        yield Row(f"{name}: dx to an out that overlaps dy", overlapping, ValueError, exact(shared))
+        for bad in ([1.0], 1.0):
+            for backward in (False, True):
+                what = f"{name}: {'dx' if backward else 'y'} to an out that is a {type(bad).__name__}"
+                message = rf"; a {type(bad).__name__} came\."
+                yield Row(what, partial(write_to, name, bad, backward), TypeError, message)
+
+
+def write_to(name, out, backward):
+    """Run a norm forward, or backward, into `out`; x and dy are parts of larger arrays."""
+    layer, (shape,) = built(name), NORMS[name].inputs.values()
+    x, dy = (np.array(array((shape[0] + 1, *shape[1:])))[:-1] for _ in range(2))
+    if callable(out):
+        out = out(x, dy)
+    if not backward:
+        return layer.forward(x, out=out)
+    return layer.backward(dy, layer.forward(x)[1], out=out)
+
+
 TABLE = [
     *settings(),
     *dtypes(),
@@ -502,6 +557,7 @@ TABLE = [
     *strangers(),
     *mixed_up(),
     *complex_numbers(),
+    *outs(),
 ]
 
 
@@ -944,6 +1000,34 @@ REFUSED = [
         lambda: norms.AddRMSNorm().forward(X, X.astype("float32")),
         lambda: F.rms_norm(TX + TX.float(), (6,)),
         "accepted",
+    ),
+    (
+        "LayerNorm: out of another shape",
+        "ValueError: LayerNorm: out must be an array like x, (4, 6) float64; (4, 5) float64 came.",
+        lambda: norms.LayerNorm().forward(X, out=np.empty((4, 5))),
+        None,
+        "",
+    ),
+    (
+        "LayerNorm: out of another dtype",
+        "ValueError: LayerNorm: out must be an array like x, (4, 6) float64; (4, 6) float32 came.",
+        lambda: norms.LayerNorm().forward(X, out=np.empty((4, 6), "float32")),
+        None,
+        "",
+    ),
+    (
+        "LayerNorm: out column by column",
+        "ValueError: LayerNorm: out must be writable, aligned and in C order. Make it by numpy.empty(x.shape, x.dtype).",
+        lambda: norms.LayerNorm().forward(X, out=np.empty((4, 6), order="F")),
+        None,
+        "",
+    ),
+    (
+        "LayerNorm: out is x",
+        "ValueError: LayerNorm: out shares memory with an array that is read, and that backward may need. Take another",
+        lambda: norms.LayerNorm().forward(X, out=X),
+        None,
+        "",
     ),
     (
         "PartialRMSNorm: p=0",

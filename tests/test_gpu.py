@@ -1,0 +1,129 @@
+"""npnorm on a GPU, held against NumPy: `pytest -m gpu`. Without the marker these tests are left out."""
+
+import importlib
+from functools import partial
+
+import numpy as np
+import pytest
+
+from npnorm.arrays import from_numpy, to_numpy
+from npnorm.config import Config, init
+from npnorm.group import SOLO
+from npnorm.layer import leaves, map_tree
+from npnorm.training.adamw import AdamW
+from npnorm.training.gradients import loss_and_grads
+from npnorm.training.program import arguments, train_on_text
+from npnorm.transformer import Transformer
+from tests.check import BFLOAT16, close, same_bits
+from tests.norms.catalogue import CATALOGUE
+from tests.test_device import IMAGES, MAKE, careful_rows, draw, run, within
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = ["float64", "float32", "float16", "bfloat16"]
+CLOSE = {"float64": 1e-12, "float32": 1e-6, "float16": 2.0**-9, "bfloat16": 2.0**-6}
+
+
+@pytest.fixture(scope="session")
+def cupy():
+    try:
+        module = importlib.import_module("cupy")
+    except ImportError as problem:
+        pytest.exit(f"no GPU: CuPy could not be loaded ({problem})", returncode=1)
+    if not module.cuda.is_available():
+        pytest.exit("no GPU: CuPy finds none", returncode=1)
+    return module
+
+
+@pytest.fixture
+def dtype(request, cupy):
+    if request.param != "bfloat16":
+        return np.dtype(request.param)
+    try:
+        cupy.asarray(np.ones(1, BFLOAT16)) * cupy.asarray(np.ones(1, BFLOAT16))
+    except (TypeError, ValueError, NotImplementedError):
+        pytest.skip("this CuPy has no bfloat16")
+    return BFLOAT16
+
+
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("dtype", DTYPES, indirect=True)
+def test_a_norm(cupy, entry, dtype):
+    rng = np.random.default_rng(1)
+    params, x = entry.draw(rng, dtype)
+    dy = rng.standard_normal(entry.make(params).forward(x)[0].shape).astype(dtype)
+
+    def of(put):
+        layer = entry.make(map_tree(put, params))
+        y, saved = layer.forward(put(x))
+        dx, grads = layer.backward(put(dy), saved)
+        return {"y": y, "dx": dx, "grads": grads}
+
+    there, here = of(cupy.asarray), of(np.asarray)
+    for (name, a), (_, b) in zip(leaves(there), leaves(here), strict=True):
+        assert isinstance(a, cupy.ndarray), name
+        assert a.dtype == b.dtype, name
+        close(to_numpy(a).astype("float64"), b.astype("float64"), CLOSE[dtype.name])
+
+
+@pytest.mark.parametrize("compute", ["float64", "float32"])
+@pytest.mark.parametrize("size", [8, 33, 1000, 4096, 40000])
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("dtype", DTYPES[1:], indirect=True)
+def test_a_kernel(cupy, name, size, compute, dtype):
+    shape = (4, 6, 4, max(4, size // 64)) if name in IMAGES else (70, size)
+    problem = draw(shape, dtype, name)
+    here, _ = run(np.asarray, MAKE[name], *problem)
+    make = partial(MAKE[name], compute=compute)
+    there, _ = run(cupy.asarray, make, *problem)
+    within(there, here, 1 if compute == "float64" else 4)
+    same_bits(run(cupy.asarray, make, *problem)[0], there)
+
+
+@pytest.mark.parametrize("compute", ["float64", "float32"])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "AddRMSNorm"])
+def test_rows_that_need_care(cupy, name, compute):
+    params, x, dy = draw((12, 40), "float32")
+    x = careful_rows(x)
+    here, _ = run(np.asarray, MAKE[name], params, x, dy)
+    there, _ = run(cupy.asarray, partial(MAKE[name], compute=compute), params, x, dy)
+    within(there, here)
+
+
+def gradients(put, config, params, ids, targets):
+    """Return the logits, the loss, and the gradients as NumPy arrays; and the parameters after a step of AdamW."""
+    model = Transformer(config, map_tree(lambda a: put(a.copy()), params))
+    logits, _ = model.forward(put(ids))
+    loss, grads = loss_and_grads(model, put(ids), put(targets))
+    AdamW(model.params).step(grads, 1e-3)
+    return map_tree(to_numpy, {"logits": logits, "loss": loss, "grads": grads}), map_tree(to_numpy, model.params)
+
+
+@pytest.mark.parametrize("settings", [Config.original, Config.modern], ids=["original", "modern"])
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_the_transformer_and_a_step_of_adamw(cupy, settings, kind):
+    rng = np.random.default_rng(2)
+    config = settings(24, width=48, depth=2, heads=4, context=32)
+    params = map_tree(lambda a: a + (0.1 * rng.standard_normal(a.shape)).astype(kind), init(config, rng, kind))
+    ids, targets = (rng.integers(0, 24, (3, 32)) for _ in range(2))
+    there, stepped_there = gradients(cupy.asarray, config, params, ids, targets)
+    here, stepped = gradients(np.asarray, config, params, ids, targets)
+    tolerance = 1e-10 if kind == "float64" else 2e-4
+    for part in ("logits", "loss", "grads"):
+        largest = max(np.abs(b).max() for _, b in leaves(here[part]))
+        for (_, a), (_, b) in zip(leaves(there[part]), leaves(here[part]), strict=True):
+            assert np.abs(a - b).max() <= tolerance * largest
+    for (_, a), (_, b) in zip(leaves(stepped_there), leaves(stepped), strict=True):
+        close(a, b, 1e-8 if kind == "float64" else 1e-2)  # of a gradient near 0 the sign decides
+
+
+def test_the_training_program(cupy, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question; " * 60)
+    small = "--steps 5 --rows 4 --context 16 --width 32 --depth 1 --heads 2 --sample 5".split()
+    losses = []
+    for device in ("cpu", "gpu"):
+        settings = arguments(SOLO, "A test.", ["--text", str(text), *small, "--device", device])
+        losses.append(train_on_text(SOLO, Config.modern, settings))
+    assert abs(losses[0] - losses[1]) < 1e-2
+    assert from_numpy(np.zeros(1), cupy.zeros(0)).device == cupy.zeros(0).device

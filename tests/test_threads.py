@@ -1,0 +1,351 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from npnorm import GroupNorm, LayerNorm
+from npnorm.threads import LAUNCHERS, default_threads, get_threads, scratch, set_threads, share
+from tests.check import same_bits
+
+
+@pytest.fixture(autouse=True)
+def the_setting_stays():
+    yield
+    set_threads(None)
+
+
+def program(text, **environment):
+    """Run a Python program; return its output."""
+    environment = os.environ | environment
+    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def on_all_threads(n, work=lambda i: None):
+    """Share n calls of `work`, one on each of n threads: each waits for all others before it begins."""
+    together = threading.Barrier(n)
+
+    def wait_and_work(i):
+        together.wait(timeout=20)
+        work(i)
+
+    share(wait_and_work, n, n)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 1000])
+def test_each_index_is_called_once(threads, count):
+    called = []
+    share(called.append, count, threads)
+    assert sorted(called) == list(range(count))
+
+
+def test_several_threads_take_part():
+    seen = set()
+    on_all_threads(3, lambda i: seen.add(threading.get_ident()))
+    assert len(seen) == 3
+    assert threading.get_ident() in seen
+
+
+def test_one_thread_is_the_callers():
+    seen = set()
+    share(lambda i: seen.add(threading.get_ident()), 50, 1)
+    assert seen == {threading.get_ident()}
+
+
+def test_more_threads_than_work_are_not_asked():
+    seen = set()
+    share(lambda i: seen.add(threading.get_ident()), 1, 4)
+    assert seen == {threading.get_ident()}
+
+
+def test_without_a_number_the_setting_counts():
+    together = threading.Barrier(2)
+    set_threads(2)
+    share(lambda i: together.wait(timeout=20), 2)  # two at once, or the barrier breaks
+    set_threads(1)
+    seen = set()
+    share(lambda i: seen.add(threading.get_ident()), 50)
+    assert seen == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_an_error_on_any_thread_is_raised_at_the_caller(bad):
+    def fail(i):
+        if i == bad:
+            raise KeyError(f"number {i}")
+
+    with pytest.raises(KeyError, match=f"number {bad}"):
+        on_all_threads(3, fail)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_after_an_error_nothing_more_is_begun_and_later_work_runs(threads):
+    begun = []
+
+    def fail_at_first(i):
+        begun.append(i)
+        if i == 0:
+            raise ValueError("no")
+        time.sleep(0.001)
+
+    with pytest.raises(ValueError, match="no"):
+        share(fail_at_first, 10_000, threads)
+    assert len(begun) < 1000
+    test_each_index_is_called_once(threads, 100)
+    test_several_threads_take_part()
+
+
+def test_an_error_waits_for_the_other_threads():
+    ended = []
+
+    def fail_or_be_slow(i):
+        if i == 0:
+            raise ValueError("no")
+        time.sleep(0.05)
+        ended.append(i)
+
+    with pytest.raises(ValueError, match="no"):
+        on_all_threads(2, fail_or_be_slow)
+    assert ended == [1]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads on this system")
+def test_an_interrupt_waits_for_the_other_threads():
+    main, ended = threading.main_thread().ident, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt(i):
+        if threading.get_ident() != main:
+            time.sleep(0.02)  # the caller is done, and waits
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.05)
+            ended.append(i)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            on_all_threads(2, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(ended) == 1
+    test_several_threads_take_part()
+
+
+def test_what_is_shared_within_work_runs_on_its_thread():
+    pairs = []
+
+    def outer(_):
+        mine = threading.get_ident()
+        share(lambda j: pairs.append((mine, threading.get_ident(), j)), 20, 2)
+
+    on_all_threads(2, outer)
+    assert len(pairs) == 40
+    assert all(outer == inner for outer, inner, _ in pairs)
+    assert len({outer for outer, _, _ in pairs}) == 2
+
+
+def test_two_threads_of_the_caller_may_share_at_once():
+    sums = {}
+
+    def caller(name):
+        found = []
+        for _ in range(50):
+            share(found.append, 40, 2)
+        sums[name] = sorted(found)
+
+    threads = [threading.Thread(target=caller, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sums == dict.fromkeys("ab", sorted(list(range(40)) * 50))
+
+
+def test_norms_on_two_threads_of_the_caller_give_the_same_bits():
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1100, 1000)).astype("float32")  # enough for several threads
+    norm = LayerNorm(rng.standard_normal(1000).astype("float32"))
+    set_threads(2)
+
+    def run():
+        y, saved = norm.forward(x)
+        dx, grads = norm.backward(x, saved)
+        return {"y": y, "dx": dx, **grads}
+
+    expected, problems = run(), []
+
+    def caller():
+        try:
+            for _ in range(4):
+                same_bits(run(), expected)
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=caller) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert problems == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_norms_work_in_a_forked_process():
+    said = program("""
+import os, signal, numpy as np
+from npnorm import LayerNorm
+from npnorm.threads import set_threads
+set_threads(2)
+x = np.random.default_rng(2).standard_normal((1100, 1000)).astype("float32")
+norm = LayerNorm(np.ones(1000, "float32"))
+expected = norm.forward(x)[0]
+pid = os.fork()
+if not pid:
+    signal.alarm(30)
+    os._exit(0 if np.array_equal(norm.forward(x)[0], expected) else 1)
+print(os.waitpid(pid, 0)[1], np.array_equal(norm.forward(x)[0], expected))
+""")
+    assert said.split() == ["0", "True"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_may_be_forked_while_threads_work():
+    said = program("""
+import os, signal, threading
+from npnorm.threads import share
+together, children = threading.Barrier(2), []
+def work(i):
+    together.wait(timeout=20)
+    if i == 0:
+        children.append(os.fork())
+        if not children[0]:
+            signal.alarm(30)
+            both = threading.Barrier(2)
+            share(lambda j: both.wait(timeout=20), 2, 2)  # new threads
+            os._exit(0)
+        children.append(os.waitpid(children[0], 0)[1])
+share(work, 2, 2)
+print(children[1])
+""")
+    assert said.split() == ["0"]
+
+
+def test_workers_see_the_floating_point_settings_of_the_caller():
+    seen = []
+    with np.errstate(over="raise", divide="print", under="warn", invalid="ignore"):
+        np.setbufsize(4096)
+        expected = np.geterr(), 4096
+        on_all_threads(3, lambda i: seen.append((np.geterr(), np.getbufsize())))
+    assert seen == [expected] * 3
+
+
+def test_floating_point_errors_of_workers_are_raised_at_the_caller():
+    huge = np.full(3, 3e38, "float32")
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError, match="overflow"):
+        on_all_threads(2, lambda i: huge * huge if i == 1 else None)
+
+
+def test_the_settings_of_the_caller_stay():
+    set_threads(2)
+    x = np.random.default_rng(3).standard_normal((1100, 1000)).astype("float32")
+    norm = LayerNorm.init(1000, compute="float32")
+    with np.errstate(over="raise", under="warn"):
+        np.setbufsize(2048)
+        before = np.geterr(), np.getbufsize()
+        for rows in (x, x[:4], x[:4]):  # by threads, and small arrays
+            norm.backward(rows, norm.forward(rows)[1])
+        assert (np.geterr(), np.getbufsize()) == before
+
+
+def test_a_setting_that_work_changes_stays_on_its_thread():
+    before, caller = np.geterr(), threading.get_ident()
+    on_all_threads(2, lambda i: None if threading.get_ident() == caller else np.seterr(all="raise"))
+    assert np.geterr() == before
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, np.int64(3)])
+def test_the_number_of_threads_can_be_set(n):
+    set_threads(n)
+    assert get_threads() == n
+    set_threads(None)
+    assert get_threads() == default_threads()
+
+
+@pytest.mark.parametrize("n", [0, -1, True, False, 1.5, 2.0, "2", np.float64(2)], ids=repr)
+def test_another_number_of_threads_is_refused(n):
+    set_threads(3)
+    with pytest.raises(ValueError, match=r"^set_threads: n is .*\. It must be an integer, 1 or more, or None"):
+        set_threads(n)
+    assert get_threads() == 3
+
+
+def test_the_environment_says_how_many_threads():
+    said = program("from npnorm.threads import get_threads; print(get_threads())", NPNORM_THREADS="3", PMI_RANK="0")
+    assert said.split() == ["3"]
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "1.5", "two", "", " 2"])
+def test_a_bad_number_in_the_environment_is_refused(bad, monkeypatch):
+    monkeypatch.setenv("NPNORM_THREADS", bad)
+    with pytest.raises(ValueError, match=rf"^NPNORM_THREADS is '{bad}'\. It must be an integer, 1 or more\.$"):
+        get_threads()
+    set_threads(2)  # comes before the environment
+    assert get_threads() == 2
+
+
+@pytest.mark.parametrize("launcher", ["PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID"])
+def test_a_rank_of_an_mpi_job_takes_one_thread(launcher, monkeypatch):
+    monkeypatch.delenv("NPNORM_THREADS", raising=False)
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert default_threads() == 3
+    monkeypatch.setenv(launcher, "0")
+    assert default_threads() == 1
+    monkeypatch.setenv("NPNORM_THREADS", "2")
+    assert default_threads() == 2
+
+
+def test_scratch_is_the_same_memory_at_each_call():
+    a, b = scratch("a", (3, 4), "float32"), scratch("a", (2, 5), "float32")
+    assert (a.shape, b.shape, a.dtype) == ((3, 4), (2, 5), np.float32)
+    assert a.ctypes.data == b.ctypes.data
+
+
+def test_scratch_grows():
+    small, large = scratch("grows", (3,), "float64"), scratch("grows", (1000,), "float64")
+    large[...] = 7.0
+    assert large.shape == (1000,)
+    assert not np.shares_memory(small, large)
+    assert scratch("grows", (5,), "float64").tolist() == [7.0] * 5
+
+
+def test_scratch_of_another_name_or_dtype_is_other_memory():
+    kept = [scratch("a", (9,), "float32"), scratch("b", (9,), "float32"), scratch("a", (9,), "float64")]
+    assert not any(np.shares_memory(a, b) for i, a in enumerate(kept) for b in kept[:i])
+
+
+def test_scratch_of_another_thread_is_other_memory():
+    kept = []
+    on_all_threads(3, lambda i: kept.append(scratch("of a thread", (9,), "float32")))
+    assert not any(np.shares_memory(a, b) for i, a in enumerate(kept) for b in kept[:i])
+
+
+def test_threads_do_not_mix_their_scratch():
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((16, 8, 100, 100)).astype("float32")
+    norm = GroupNorm(4, *rng.standard_normal((2, 8)).astype("float32"))
+    found = []
+    for threads in (1, 3):
+        set_threads(threads)
+        y, saved = norm.forward(x)
+        dx, grads = norm.backward(x[::-1].copy(), saved)
+        found.append({"y": y, "dx": dx, **grads})
+    same_bits(found[1], found[0])
