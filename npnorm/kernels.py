@@ -33,7 +33,7 @@ def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the sum of products over a long last axis, piece by piece; the pieces are added in float64."""
     cuts = range(0, a.shape[-1], PIECE)
     total = sum(np.vecdot(a[..., i : i + PIECE], b[..., i : i + PIECE]).astype(np.float64) for i in cuts)
-    return total.astype(a.dtype)  # type: ignore[union-attr]
+    return total.astype(a.dtype)
 
 
 def columns(a: np.ndarray, row: np.ndarray | None = None) -> np.ndarray:

@@ -1017,7 +1017,8 @@ REFUSED = [
     ),
     (
         "LayerNorm: out column by column",
-        "ValueError: LayerNorm: out must be writable, aligned and in C order. Make it by numpy.empty(x.shape, x.dtype).",
+        "ValueError: LayerNorm: out must be writable, aligned and in C order. "
+        "Make it by numpy.empty(x.shape, x.dtype).",
         lambda: norms.LayerNorm().forward(X, out=np.empty((4, 6), order="F")),
         None,
         "",
