@@ -130,7 +130,7 @@ class Rows:
             if known is not None:
                 return known
         check(dy=dy, x=x)
-        self._check_dtypes(x, dy, *others, *params.values())
+        self._check_dtypes(x, dy, *others)  # the parameters: forward; here they may be widened
         arrays = {"dy": dy, "x": x} | ({} if plus is None else {"plus": plus})
         self._check_out(out, x, *arrays.values(), *others, *params.values())
         rows = {name: self.axes.rows(a) for name, a in arrays.items()}

@@ -42,7 +42,7 @@ from npnorm.blocked import Rows
 from npnorm.group import SOLO, Group, Solo, everywhere
 from npnorm.layer import check_saved
 from npnorm.norms.checks import check_channels, check_settings, is_count, is_number
-from npnorm.norms.statistics import affine, centre, centred, refine
+from npnorm.norms.statistics import affine, centre, centred, difference, refine
 
 
 class Saved(NamedTuple):
@@ -86,7 +86,7 @@ class BatchNorm:
         The ranks over which the batch is split, equally or not; a rank may have none of it. Communicated: forward one
         gather of four numbers for each channel; backward one sum of two.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Attributes
     ----------
@@ -195,7 +195,7 @@ class BatchNorm:
         rstd = 1 / sqrt(var + self.eps)
 
         def formula(x: Array, w: Array, b: Array, mean: Array, rstd: Array, eps: Array) -> tuple[Array, tuple[()]]:
-            z = (x - mean) * rstd
+            z = difference(x, mean) * rstd
             y = affine(z, w, b)
             return y, ()
 
@@ -236,7 +236,7 @@ class BatchNorm:
         def formula(
             dy: Array, x: Array, w: Array, mean: Array, rstd: Array, eps: Array
         ) -> tuple[Array, dict[str, Array]]:
-            z = (x - mean) * rstd
+            z = difference(x, mean) * rstd
             db, dw = axes.sum(dy, dy * z) if params else (dy, dy)
             return affine(dy * rstd, w), {"weight": dw, "bias": db}
 

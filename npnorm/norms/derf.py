@@ -47,7 +47,7 @@ class Derf(Elementwise):
         The ranks over which the last axis is split equally. Communicated: nothing forward; backward a sum of two
         numbers.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Examples
     --------

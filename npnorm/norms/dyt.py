@@ -45,7 +45,7 @@ class DyT(Elementwise):
         The ranks over which the last axis is split equally. Communicated: nothing forward; backward a sum of one
         number.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Examples
     --------

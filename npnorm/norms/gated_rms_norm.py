@@ -79,7 +79,7 @@ class GatedRMSNorm:
         The ranks over which the features are split equally. Communicated: with one group of features one sum of a
         number for each row forward, one backward; with more groups nothing, and the ranks must divide them.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Raises
     ------

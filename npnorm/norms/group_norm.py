@@ -63,7 +63,7 @@ class GroupNorm:
         where the groups divide the ranks, what LayerNorm communicates, for every group, and for float64 one number
         more: whether some row is out of range. Otherwise an error.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Raises
     ------

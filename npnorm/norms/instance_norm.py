@@ -31,7 +31,7 @@ class InstanceNorm(GroupNorm):
     group : Group
         The ranks over which the channels are split equally. Nothing is communicated.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Raises
     ------

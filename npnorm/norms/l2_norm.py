@@ -33,7 +33,7 @@ class L2Norm(ScaleNorm):
         The ranks over which the last axis is split equally. Communicated: one sum of a number for each row forward,
         one backward.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Raises
     ------

@@ -89,7 +89,7 @@ class LayerNorm:
         The ranks over which the last axis is split equally. Communicated: forward "two-pass" a sum of one number for
         each row and a sum of two, "packed" a sum of two, "gathered" a gather of four; backward one sum of two.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Raises
     ------

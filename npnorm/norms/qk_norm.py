@@ -52,7 +52,7 @@ class QKNorm:
         The ranks over which the heads are split equally. Communicated per head: nothing forward, backward one sum of
         both gradients; full width: one sum forward and one backward for each of queries and keys.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Examples
     --------

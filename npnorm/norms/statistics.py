@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from npnorm.arrays import Array, array_module, dtype_name, sqrt
+from npnorm.arrays import Array, array_module, sqrt
 from npnorm.axes import Axes
 from npnorm.group import Solo
 from npnorm.norms.pairs import two_product, two_sum
@@ -79,6 +79,12 @@ def written_centred(x: Array, mean: Array) -> Array:
     return c if x.tape.folds else c.formed()
 
 
+def difference(x: Array, mean: Array) -> Array:
+    """Return x - mean for a mean that is not that of x, and may be far from it: as one array, also where factors fold."""
+    c = x - mean
+    return c.formed() if is_written(c) else c
+
+
 def two_pass(axes: Axes, x: Array, eps: Array) -> Centred:
     """Return the statistics by two sums over the ranks; what rounding left of the mean travels with the squares."""
     mean = axes.mean(x)
@@ -99,8 +105,7 @@ def packed(axes: Axes, x: Array, eps: Array) -> Centred:
         On every rank, where more than half of the digits of var + eps cancel in some row: the result would be noise.
     """
     mean, square = axes.mean(x, x * x)
-    half = 2.0**-12 if dtype_name(x) == "float32" else 2.0**-26
-    if bool(array_module(x).any(abs(square - mean * mean + eps) < abs(square) * half)):
+    if bool(array_module(x).any(abs(square - mean * mean + eps) < abs(square) * 2.0**-26)):
         raise ValueError(
             f"{axes.layer}: in some row the mean is so far beyond the spread that mean(x^2) - mean(x)^2 loses more "
             "than half of its digits. Take statistics='gathered', which is one message, too, and loses none."

@@ -49,7 +49,7 @@ class WeightNorm:
     group : Group
         The ranks over which the inputs of the weight are split. Communicated: one sum forward, one backward.
     compute : "float64", "float32" or None
-        The working precision; None is float64.
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
 
     Notes
     -----

@@ -57,11 +57,7 @@ def train_on_text(group: Group, make_config: Callable[..., Config], settings: ar
     """
     try:
         characters, learn, held_out, model = _prepare(group, make_config, settings)
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-    ) as problem:  # what the settings ask for cannot be had: no place in the code to show
+    except (ImportError, OSError, ValueError) as problem:  # what is asked for cannot be had: no place to show
         raise SystemExit(f"error: {problem}") from problem
     speak = print if group.rank == 0 else lambda *_, **__: None
     entropy = unigram_entropy(np.concatenate([learn, held_out]))

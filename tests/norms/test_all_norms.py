@@ -6,6 +6,7 @@ import pytest
 
 from npnorm import norms
 from npnorm.arrays import dtype_name, to_numpy
+from npnorm.blocked import Rows
 from npnorm.layer import leaves, map_tree
 from tests.check import BFLOAT16, check_backward, check_finite_differences, close, same_bits
 from tests.norms.catalogue import CATALOGUE
@@ -88,6 +89,20 @@ def test_narrow_floats_keep_their_dtype_and_are_near_float64(entry, dtype):
     for (name, a), (_, b) in zip(leaves(came), leaves(expected), strict=True):
         assert a.dtype == np.dtype(dtype), name
         close(a.astype("float64"), b, eps)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_fast_setting_is_near_the_exact_one(entry, dtype, monkeypatch):
+    params, x, dy = problem(entry, np.random.default_rng(15), dtype)
+    expected = run(entry.make(params), x, dy)
+    make = Rows.__init__
+    monkeypatch.setattr(Rows, "__init__", lambda rows, axes, eps, _, *group: make(rows, axes, eps, "float32", *group))
+    came = run(entry.make(params), x, dy)
+    eps = {"float32": 2.0**-20, "float16": 2.0**-10}[dtype]
+    for (name, a), (_, b) in zip(leaves(came), leaves(expected), strict=True):
+        assert a.dtype == np.dtype(dtype), name
+        np.testing.assert_allclose(a, b, rtol=0, atol=eps * abs(b.astype("float64")).max(), err_msg=name)
 
 
 @EACH

@@ -522,3 +522,18 @@ def test_two_elements_in_a_channel_keep_the_digits_of_dx():
         row, drow = x[None, :, channel], dy[None, :, channel]
         exact = exact_norm(row, w[channel], np.zeros(2), 1e-5, drow, centred=True)[1]
         np.testing.assert_allclose(dx[:, channel], exact[0], rtol=1e-13)  # 1e-5 of its terms is left
+
+
+@pytest.mark.parametrize("compute", ["float32", "float64"])
+def test_inference_far_from_the_running_mean_loses_nothing(compute):
+    rng = np.random.default_rng(31)
+    x, dy = (rng.standard_normal((2, 3, 2, 40)) + [[[[1e4]]], [[[0.0]]]]).astype("float32")
+    mean, var = np.full(2, 1e4), np.array([1.0, 2.0])
+    norm = BatchNorm(np.ones(2, "float32"), running_mean=mean, running_var=var, compute=compute)
+    y, saved = norm.inference(x)
+    dx, grads = norm.backward(dy, saved)
+    z = (x.astype("float64") - mean[:, None]) / np.sqrt(var + 1e-5)[:, None]
+    np.testing.assert_allclose(y, z, rtol=3e-7)
+    np.testing.assert_allclose(dx, dy / np.sqrt(var + 1e-5)[:, None], rtol=3e-7)
+    expected = (dy * z).sum(axis=(0, 2))
+    np.testing.assert_allclose(grads["weight"], expected, rtol=0, atol=2e-6 * np.abs(dy * z).sum())

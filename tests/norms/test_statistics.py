@@ -154,15 +154,12 @@ def test_the_formula_of_each_form_is_that_of_numpy(form):
     assert np.all(n == 9)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "enough", "too_much"), [("float64", 1e3, 1e5), ("float32", 10, 1e3), ("complex128", 1e3, 1e5)]
-)
-def test_packed_refuses_a_row_of_which_more_than_half_of_the_digits_cancel(dtype, enough, too_much):
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_packed_refuses_a_row_of_which_more_than_half_of_the_digits_cancel(dtype):
     x = np.random.default_rng(8).standard_normal((3, 50)).astype(dtype)
-    x[1] += enough
-    half = 2.0**-12 if dtype == "float32" else 2.0**-26
-    close(packed(AXES, x, 1e-5).var, x.real.var(axis=-1, keepdims=True), half)
-    x[1] += too_much
+    x[1] += 1e3
+    close(packed(AXES, x, 1e-5).var, x.real.var(axis=-1, keepdims=True), 2.0**-26)
+    x[1] += 1e5
     with pytest.raises(ValueError, match=r"a norm: in some row the mean is so far.*Take statistics='gathered'"):
         packed(AXES, x, 1e-5)
 
