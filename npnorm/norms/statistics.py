@@ -80,7 +80,7 @@ def written_centred(x: Array, mean: Array) -> Array:
 
 
 def difference(x: Array, mean: Array) -> Array:
-    """Return x - mean for a mean that is not that of x, and may be far from it: as one array, also where factors fold."""
+    """Return x - mean for a mean that may be far from x: as one array, also where factors fold."""
     c = x - mean
     return c.formed() if is_written(c) else c
 
