@@ -170,7 +170,7 @@ class _Writer:
     def write(self, terms: Terms, out: str, squares: list[str] | None = None) -> None:
         """Write the result."""
         leading = self._leading(terms)
-        variable = self.arrays.get(leading.base[0], "")
+        variable = self._array(leading.base[0])
         into = variable if variable in self.owned else out
         self._form(terms, into, leading, squares)
         if self.kind.casts:
