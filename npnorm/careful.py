@@ -66,27 +66,7 @@ class Careful:
         *others: Array,
         constants: tuple[Array, ...] = (),
     ) -> tuple[Array, tuple[Array, ...], Array | None]:
-        """Evaluate `formula(x, *others, w, b, *more, *constants, eps) -> y, statistics` on all rows.
-
-        Parameters
-        ----------
-        formula : callable
-            w and b are None where the norm has none; statistics are a tuple of one number for each row, rstd last. An
-            empty tuple says that the scale of x is seen: nothing is scaled.
-        x, others : arrays of one shape
-            x is the one whose scale the norm does not see.
-        params : dict
-            May hold "weight", "bias", and more, which come after these two.
-        constants : tuple of arrays
-            One number for each row, in working precision.
-
-        Returns
-        -------
-        y : array of the shape and dtype of x
-        statistics : tuple of arrays, one number for each row; of the scaled rows, in working precision
-        scale : array, or None
-            The exponent of two for each row: it was divided by 2^scale. None if no row needed it.
-        """
+        """Return y, statistics and scale of all rows, as `npnorm.blocked.Rows.forward` has them."""
         xp, work = array_module(x), self.working(x, *others, *params.values())
         rows = [self.axes.rows(a) for a in (x, *others)]
         out, blocks = xp.empty_like(rows[0]), list(self._blocks(rows[0]))
@@ -131,17 +111,7 @@ class Careful:
         *others: Array,
         plus: Array | None = None,
     ) -> tuple[Any, dict[str, Array]]:
-        """Evaluate `formula(dy, x, *others, w, *more, *statistics, eps) -> dx, {name: gradient by row}` on all rows.
-
-        The formula is linear in dy. With `others` it returns a tuple: dx, and a gradient for each of them. `plus`, of
-        the shape of x, is added to dx before it is rounded.
-
-        Returns
-        -------
-        dx : array of the shape and dtype of x, or a tuple: one such for x and for each of `others`
-        grads : dict
-            For each name in `params` the sum of its gradient over the rows, in the dtype of the parameter.
-        """
+        """Return dx and the gradients of all rows, as `npnorm.blocked.Rows.backward` has them."""
         xp, work = array_module(x), self.working(x, dy, *params.values())
         rows_dy, *rows = (self.axes.rows(a) for a in (dy, x, *others))
         rows_plus = None if plus is None else self.axes.rows(plus)

@@ -21,7 +21,7 @@ from npnorm.arrays import Array, array_module, contiguous, dtype_name, is_cuda, 
 from npnorm.axes import Axes
 from npnorm.careful import Careful
 from npnorm.group import Solo
-from npnorm.written import LANE, NARROW, SHORT, Recorded, limits_of, record
+from npnorm.written import NARROW, Recorded, limits_of, record, suits
 
 CHUNK = 32
 """The fewest rows of a chunk, over which the column kernel sums."""
@@ -107,11 +107,7 @@ class Device:
             return None
         rows = self.axes.rows(x)
         shape = tuple(rows.shape[1:])
-        if self.axes.kernel == "Features":
-            suits = shape[0] >= SHORT and all(a.size == shape[0] for a in params.values())
-        else:
-            suits = shape[-1] >= LANE
-        if not suits or max(rows.shape[0], math.prod(shape)) >= LARGEST:
+        if not suits(self.axes.kernel, shape, params) or max(rows.shape[0], math.prod(shape)) >= LARGEST:
             return None
         if any(a.dtype != x.dtype for a in arrays.values()):
             return None

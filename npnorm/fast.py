@@ -21,7 +21,7 @@ from npnorm.careful import Careful, evaluation, threads_for, width
 from npnorm.group import Solo
 from npnorm.repeated import Repeated
 from npnorm.threads import share
-from npnorm.written import LANE, NARROW, SHORT, Limits, limits_of, record
+from npnorm.written import NARROW, Limits, limits_of, record, suits
 
 BLOCK = 1 << 21
 """Bytes of one operand in a block, in working precision: twice a core's L2 cache.
@@ -78,11 +78,7 @@ class Fast:
         if not known or array_module(x) is not np or dtype_name(x) not in NARROW or not x.size:
             return None
         shape = self.axes.rows(x).shape[1:]
-        if self.axes.kernel == "Features":
-            suits = shape[0] >= SHORT and all(a.size == shape[0] for a in params.values())
-        else:
-            suits = shape[-1] >= LANE
-        if not suits or any(a.dtype != x.dtype for a in arrays.values()):
+        if not suits(self.axes.kernel, shape, params) or any(a.dtype != x.dtype for a in arrays.values()):
             return None
         w = params.get("weight")
         if "dy" in arrays and w is not None and not float(abs(w).max()) < self.limits.weight:

@@ -8,7 +8,7 @@ The levers, each measured on blocks that stay in cache (float32, microseconds fo
                     would start threads, which fight with ours
     in place        y *= r: 5 to 7, where z = y * r takes 8 to 10: no other memory is touched
     scratch         memory that a thread keeps: new memory costs a page fault for each 4 KiB
-    ufunc buffer    of the length of a row, see `npnorm.blocked`: halves y * r and y * w
+    ufunc buffer    of the length of a row, see `npnorm.careful`: halves y * r and y * w
     folding         where w is a number for each channel, z w + b is x A + B: two passes. The few numbers A and B are
                     kept in float64, since mean(x^2) - mean(x)^2 takes digits
 

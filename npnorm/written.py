@@ -46,6 +46,19 @@ def limits_of(kernel: str, compute: str) -> Limits:
     return limits if kernel == "Features" else limits._replace(mean=limits.folded)
 
 
+def suits(kernel: str, shape: tuple[int, ...], params: dict[str, Any]) -> bool:
+    """Return whether rows of this shape are long enough for the fast ways, and the parameters as long as they.
+
+    Examples
+    --------
+    >>> suits("Features", (8,), {}), suits("Features", (7,), {}), suits("Batch", (4, 16), {})
+    (True, False, True)
+    """
+    if kernel == "Features":
+        return shape[0] >= SHORT and all(a.size == shape[0] for a in params.values())
+    return shape[-1] >= LANE
+
+
 class Recorded(NamedTuple):
     """A formula on a tape, and what it gives."""
 

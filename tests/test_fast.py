@@ -7,8 +7,8 @@ import pytest
 
 from npnorm import AddRMSNorm, BatchNorm, GroupNorm, LayerNorm, RMSNorm
 from npnorm.careful import Careful
-from npnorm.fast import LANE, SHORT
 from npnorm.threads import set_threads
+from npnorm.written import LANE, SHORT
 from tests.check import close, same_bits
 
 MAKE = {
