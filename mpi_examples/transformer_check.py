@@ -6,10 +6,10 @@ import numpy as np
 from against_serial import Table, count
 
 from npnorm.config import Config, init
-from npnorm.layer import Tree, leaves, shard
 from npnorm.layers import CrossEntropy
 from npnorm.mpi import Ranks
 from npnorm.transformer import Transformer
+from npnorm.tree import Tree, leaves, shard
 
 
 def check_transformer(group: Ranks, make_config: Callable[..., Config]) -> None:

@@ -15,7 +15,7 @@ where f'(d) stands for the backward pass of f.
 from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
-from npnorm.layer import Layer, Tree
+from npnorm.tree import Layer, Tree
 
 
 class Saved(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array
-from npnorm.layer import Tree, map_tree
+from npnorm.tree import Tree, map_tree
 
 
 @dataclass(frozen=True)

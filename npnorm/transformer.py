@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 from npnorm.arrays import Array, dtype_name
 from npnorm.blocks import Chain, PostNorm, PreNorm
+from npnorm.checks import check_module
 from npnorm.config import Config, layout
 from npnorm.group import SOLO, Group, everywhere, part
-from npnorm.layer import Layer, Tree, check_module, checksum, leaves, map_tree
 from npnorm.layers import MLP, Attention, Embedding, Linear, Positions, Rotary, SwiGLU
 from npnorm.norms import LayerNorm, RMSNorm
+from npnorm.tree import Layer, Tree, checksum, leaves, map_tree
 
 
 class Saved(NamedTuple):

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import scipy.differentiate
 
-from npnorm.layer import leaves, map_tree
 from npnorm.layers import CrossEntropy
+from npnorm.tree import leaves, map_tree
 
 STEP = 1e-30
 """The complex step: its square vanishes beside 1, so that the derivative has no truncation error."""

@@ -5,7 +5,7 @@ import pytest
 
 from npnorm import Config
 from npnorm.config import init, layout
-from npnorm.layer import leaves, map_tree
+from npnorm.tree import leaves, map_tree
 from tests.check import close, same_bits
 from tests.test_transformer import ALL, CONFIGS, SIZES
 

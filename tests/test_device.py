@@ -11,8 +11,8 @@ from npnorm.arrays import array_module, dtype_name, to_numpy
 from npnorm.careful import Careful
 from npnorm.config import Config
 from npnorm.group import SOLO
-from npnorm.layer import leaves, map_tree
 from npnorm.training.program import arguments, train_on_text
+from npnorm.tree import leaves, map_tree
 from tests import fake_cuda
 from tests.check import BFLOAT16, close, same_bits
 from tests.norms.catalogue import CATALOGUE

@@ -9,11 +9,11 @@ import pytest
 from npnorm.arrays import from_numpy, to_numpy
 from npnorm.config import Config, init
 from npnorm.group import SOLO
-from npnorm.layer import leaves, map_tree
 from npnorm.training.adamw import AdamW
 from npnorm.training.gradients import loss_and_grads
 from npnorm.training.program import arguments, train_on_text
 from npnorm.transformer import Transformer
+from npnorm.tree import leaves, map_tree
 from tests.check import BFLOAT16, close, same_bits
 from tests.norms.catalogue import CATALOGUE
 from tests.test_device import IMAGES, MAKE, careful_rows, draw, run, within

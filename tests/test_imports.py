@@ -17,9 +17,11 @@ ALL = pytest.mark.parametrize("name", FILES)
 FLOORS = [
     {"arrays", "threads"},
     {"group"},
+    {"tree"},
+    {"checks"},
     {"terms"},
     {"written"},
-    {"axes", "cuda", "kernels", "layer", "mpi"},
+    {"axes", "cuda", "kernels", "mpi"},
     {"careful"},
     {"repeated"},
     {"device", "fast"},

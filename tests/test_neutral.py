@@ -9,8 +9,8 @@ import pytest
 from npnorm import Config, LayerNorm, RMSNorm, Transformer
 from npnorm.arrays import dtype_name, to_numpy
 from npnorm.config import init
-from npnorm.layer import leaves, map_tree
 from npnorm.layers import GELU, MLP, Attention, CrossEntropy, Embedding, Linear, Positions, Rotary, SiLU, SwiGLU
+from npnorm.tree import leaves, map_tree
 from tests.check import WithLoss, close
 
 DEVICE = array_api_strict.Device("device1")

@@ -6,8 +6,8 @@ import pytest
 from npnorm import Config, LayerNorm, RMSNorm, Transformer
 from npnorm.blocks import PostNorm, PreNorm
 from npnorm.config import init
-from npnorm.layer import map_tree
 from npnorm.layers import GELU, MLP, Attention, CrossEntropy, Embedding, Linear, Rotary
+from npnorm.tree import map_tree
 from tests.check import (
     WithLoss,
     check_backward,

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from npnorm import Config, Transformer
 from npnorm.config import init
-from npnorm.layer import leaves, map_tree
+from npnorm.tree import leaves, map_tree
 from tests.check import WithLoss, check_backward, check_central_difference, close, same_bits
 
 SIZES = {"width": 24, "depth": 2, "heads": 6, "kv_heads": 3, "hidden": 36, "context": 7}

@@ -10,8 +10,8 @@ from npnorm.bench.grid import Sizes
 from npnorm.bench.timing import Contender
 from npnorm.bench.torch_step import ADAM_EPS, BETAS, DECAY, MAX_NORM, torch_step
 from npnorm.config import init
-from npnorm.layer import Tree, map_tree
 from npnorm.training import AdamW, clip, global_norm, loss_and_grads
+from npnorm.tree import Tree, map_tree
 
 LR = 1e-3
 CHECKED = 3

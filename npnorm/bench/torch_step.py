@@ -11,7 +11,7 @@ import numpy as np
 
 from npnorm.bench.needs import need
 from npnorm.config import Config
-from npnorm.layer import Tree, leaves, map_tree
+from npnorm.tree import Tree, leaves, map_tree
 
 BETAS, ADAM_EPS, DECAY, MAX_NORM = (0.9, 0.95), 1e-8, 0.1, 1.0
 """The settings of the optimizer, of which these are npnorm's defaults, and the norm to which gradients are clipped."""

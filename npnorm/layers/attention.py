@@ -36,12 +36,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array, array_module, describe, dtype_name, from_numpy, transpose
+from npnorm.checks import check_input, check_saved
 from npnorm.group import SOLO, Group, everywhere, part
-from npnorm.layer import Tree, check_names, check_saved, take_shards
-from npnorm.layers.checks import check_input
 from npnorm.layers.inplace import exp, in_blocks
 from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.layers.rope import Rotary
+from npnorm.tree import Tree, check_names, take_shards
 
 QKV = ("q_proj", "k_proj", "v_proj")
 

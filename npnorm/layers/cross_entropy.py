@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array, array_module, from_numpy, log
+from npnorm.checks import check_ids, check_module, check_saved, check_width
 from npnorm.group import SOLO, Group, everywhere
-from npnorm.layer import check_features, check_ids, check_module, check_saved
 from npnorm.layers.inplace import exp
 
 
@@ -56,7 +56,7 @@ class CrossEntropy:
         with everywhere(self.group):
             xp = array_module(logits)
             held = logits.shape[-1] if logits.ndim else 0
-            check_features("CrossEntropy", logits, held or 1, name="logits")
+            check_width("CrossEntropy", logits, held or 1, name="logits")
             check_module("CrossEntropy", logits, {"targets": targets})
             if tuple(targets.shape) != tuple(logits.shape[:-1]) or targets.size == 0:
                 raise ValueError(

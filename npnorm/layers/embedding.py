@@ -11,8 +11,8 @@ the sum over the ranks is x. Communicated: one sum forward, nothing backward.
 from typing import NamedTuple
 
 from npnorm.arrays import Array, array_module, describe
+from npnorm.checks import check_ids, check_module, check_saved, check_width
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_features, check_ids, check_module, check_saved
 from npnorm.layers.inplace import sum_at
 
 
@@ -72,7 +72,7 @@ class Embedding:
         w = self.params["weight"]
         check_saved("Embedding", saved, Saved)
         with everywhere(self.group):
-            check_features("Embedding.backward", dx, w.shape[1], name="dx")
+            check_width("Embedding.backward", dx, w.shape[1], name="dx")
         xp = array_module(dx)
         rows, dx = xp.reshape(saved.rows, (-1,)), xp.reshape(dx, (-1, w.shape[1]))
         return None, {"weight": sum_at(rows, dx, w.shape[0])}
@@ -96,7 +96,7 @@ class Positions:
     def forward(self, x: Array) -> tuple[Array, None]:
         """Return y of the shape of x: (batch, length, width)."""
         w = self.params["weight"]
-        check_features("Positions", x, w.shape[1])
+        check_width("Positions", x, w.shape[1])
         if x.shape[-2] > w.shape[0]:
             raise ValueError(f"Positions: x has {x.shape[-2]} positions, the table {w.shape[0]}. Shorten the input.")
         return x + w[: x.shape[-2], :], None

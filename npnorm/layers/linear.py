@@ -19,9 +19,8 @@ Mohammad Shoeybi et al., "Megatron-LM", 2019, arXiv:1909.08053, section 3.
 from typing import NamedTuple
 
 from npnorm.arrays import Array, array_module, describe
+from npnorm.checks import check_input, check_module, check_saved, check_width
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_features, check_module, check_saved
-from npnorm.layers.checks import check_input
 from npnorm.layers.inplace import plus
 
 COLUMN: dict[str, int | None] = {"weight": 0, "bias": 0}
@@ -85,7 +84,7 @@ class Linear:
         w = self.params["weight"]
         with everywhere(self.group):
             check_saved("Linear", saved, Saved)
-            check_features("Linear.backward", dy, w.shape[0], name="dy")
+            check_width("Linear.backward", dy, w.shape[0], name="dy")
         xp = array_module(dy)
         rows_dy = xp.reshape(dy, (-1, w.shape[0]))
         rows_x = xp.reshape(saved.x, (-1, w.shape[1]))

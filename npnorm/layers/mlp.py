@@ -16,12 +16,12 @@ Megatron-LM); the use of the replicated x by every rank costs nothing forward, a
 from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
+from npnorm.checks import check_input, check_saved
 from npnorm.group import SOLO, Group, everywhere, part
-from npnorm.layer import Tree, check_names, check_saved, take_shards
 from npnorm.layers.activations import GELU, silu, silu_backward
-from npnorm.layers.checks import check_input
 from npnorm.layers.inplace import elementwise, plus
 from npnorm.layers.linear import COLUMN, ROW, Linear
+from npnorm.tree import Tree, check_names, take_shards
 
 
 class SavedMLP(NamedTuple):

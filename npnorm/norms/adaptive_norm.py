@@ -25,10 +25,9 @@ from typing import Any, NamedTuple
 from npnorm.arrays import Array
 from npnorm.axes import Samples
 from npnorm.blocked import Rows
+from npnorm.checks import check_features, check_float, check_module, check_saved
 from npnorm.group import everywhere
-from npnorm.layer import check_module, check_saved
 from npnorm.norms import layer_norm, rms_norm
-from npnorm.norms.checks import check_features, check_float
 
 
 class Saved(NamedTuple):

@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from npnorm.arrays import Array, array_module, dtype_name
+from npnorm.checks import check_features, check_saved
 from npnorm.group import everywhere
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features
 from npnorm.norms.rms_norm import RMSNorm, Saved, normalize_backward
 
 

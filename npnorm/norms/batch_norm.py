@@ -39,9 +39,8 @@ import numpy as np
 from npnorm.arrays import Array, array_module, dtype_name, from_numpy, sqrt, to_numpy
 from npnorm.axes import Batch
 from npnorm.blocked import Rows
+from npnorm.checks import check_channels, check_saved, check_settings, is_count, is_number
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_channels, check_settings, is_count, is_number
 from npnorm.norms.statistics import affine, centre, centred, difference, refine
 
 

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 from npnorm.arrays import Array, round_to
 from npnorm.axes import Features
 from npnorm.blocked import Rows
+from npnorm.checks import check_features, check_place, check_saved, check_settings
 from npnorm.group import SOLO, Group, Solo
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features, check_place, check_settings
 from npnorm.norms.statistics import affine
 
 

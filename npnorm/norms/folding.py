@@ -13,9 +13,8 @@ arXiv:2305.14858, section 3.
 from typing import Any
 
 from npnorm.arrays import Array, array_module, round_to, widest
+from npnorm.checks import check_float, check_module
 from npnorm.group import everywhere
-from npnorm.layer import check_module
-from npnorm.norms.checks import check_float
 
 
 def fold_into(params: dict[str, Array], linear: Any, axes: int = 1) -> Any:

@@ -28,9 +28,8 @@ import numpy as np
 from npnorm.arrays import Array, array_module, exp, sqrt
 from npnorm.axes import Groups
 from npnorm.blocked import Rows
+from npnorm.checks import check_features, check_saved, check_settings, is_count
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features, check_settings, is_count
 from npnorm.norms.statistics import affine, refine
 
 

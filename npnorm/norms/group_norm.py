@@ -29,9 +29,8 @@ import numpy as np
 from npnorm.arrays import Array
 from npnorm.axes import Channels
 from npnorm.blocked import Rows
+from npnorm.checks import check_channels, check_saved, check_settings, is_count
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_channels, check_settings, is_count
 from npnorm.norms.layer_norm import normalize, normalize_backward
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from npnorm.arrays import Array
 from npnorm.axes import Channels
 from npnorm.blocked import Rows
+from npnorm.checks import check_channels
 from npnorm.group import SOLO, Group, everywhere
-from npnorm.norms.checks import check_channels
 from npnorm.norms.group_norm import GroupNorm
 
 

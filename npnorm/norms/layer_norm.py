@@ -30,9 +30,8 @@ import numpy as np
 from npnorm.arrays import Array, sqrt
 from npnorm.axes import Axes, Features
 from npnorm.blocked import Rows
+from npnorm.checks import check_features, check_saved, check_settings, count_axes
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features, check_settings, count_axes
 from npnorm.norms.folding import fold_into
 from npnorm.norms.rms_norm import RMSNorm
 from npnorm.norms.statistics import FORMS, affine, centre, centred, refine, times_z

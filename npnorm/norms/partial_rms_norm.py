@@ -29,9 +29,8 @@ import numpy as np
 from npnorm.arrays import Array, from_numpy, sqrt
 from npnorm.axes import Features, Subset
 from npnorm.blocked import Rows
+from npnorm.checks import check_features, check_saved, check_settings, is_number
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features, check_settings, is_number
 from npnorm.norms.statistics import affine, refine
 
 

@@ -20,9 +20,8 @@ import numpy as np
 from npnorm.arrays import Array, round_to
 from npnorm.axes import Features
 from npnorm.blocked import Rows
+from npnorm.checks import check_features, check_saved, check_settings
 from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features, check_settings
 from npnorm.norms.rms_norm import Saved as SavedRMSNorm
 from npnorm.norms.rms_norm import normalize, normalize_backward
 from npnorm.norms.weight import Gain

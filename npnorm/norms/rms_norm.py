@@ -28,9 +28,8 @@ import numpy as np
 from npnorm.arrays import Array, array_module, sqrt, widest
 from npnorm.axes import Axes, Features
 from npnorm.blocked import Rows
+from npnorm.checks import check_features, check_saved, check_settings, count_axes
 from npnorm.group import SOLO, Group, Solo
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features, check_settings, count_axes
 from npnorm.norms.folding import fold_into
 from npnorm.norms.statistics import affine, refine
 from npnorm.norms.weight import Gain

@@ -26,9 +26,8 @@ import numpy as np
 from npnorm.arrays import Array, array_module, sqrt
 from npnorm.axes import Axes, Features
 from npnorm.blocked import Rows
+from npnorm.checks import check_features, check_place, check_saved, check_settings, count_axes
 from npnorm.group import SOLO, Group, everywhere
-from npnorm.layer import check_saved
-from npnorm.norms.checks import check_features, check_place, check_settings, count_axes
 from npnorm.norms.statistics import affine, refine
 
 

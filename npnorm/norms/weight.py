@@ -14,8 +14,8 @@ The orders are those of the classes LlamaRMSNorm, Olmo2RMSNorm and Gemma3RMSNorm
 from typing import Any
 
 from npnorm.arrays import Array, array_module, dtype_name, round_to
+from npnorm.checks import is_number
 from npnorm.group import Group, everywhere
-from npnorm.norms.checks import is_number
 from npnorm.terms import is_written
 
 CASTS = (None, "llama", "olmo2", "gemma")

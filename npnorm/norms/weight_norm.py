@@ -24,9 +24,8 @@ from typing import NamedTuple
 from npnorm.arrays import Array, array_module, contiguous, round_to, sqrt
 from npnorm.axes import Batch
 from npnorm.blocked import Rows
+from npnorm.checks import check_float, check_module, check_same_shape, check_saved, check_settings
 from npnorm.group import SOLO, Group, everywhere
-from npnorm.layer import check_module, check_saved
-from npnorm.norms.checks import check_float, check_same_shape, check_settings
 from npnorm.norms.scale_norm import normalize, normalize_backward
 
 

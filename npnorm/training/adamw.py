@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from npnorm.arrays import Array, array_module, sqrt
-from npnorm.layer import Tree, leaves, map_tree
 from npnorm.threads import share
+from npnorm.tree import Tree, leaves, map_tree
 
 BLOCK = 1 << 17
 """Elements of one array in a block: what one operation writes, the next reads from cache."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module
 from npnorm.group import SOLO, Group
-from npnorm.layer import Tree, leaves, map_tree
+from npnorm.tree import Tree, leaves, map_tree
 
 BLOCK = 1 << 16
 """Elements of a block in float64: they stay in a core's L2 cache."""

@@ -20,10 +20,10 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module
 from npnorm.group import Solo
-from npnorm.layer import Tree, map_tree
 from npnorm.layers import CrossEntropy
 from npnorm.threads import share
 from npnorm.transformer import Transformer
+from npnorm.tree import Tree, map_tree
 
 PIECE = 512
 """Tokens of a piece, at least: each piece reads all weights and writes all their gradients again."""

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array, from_numpy, to_numpy
-from npnorm.layer import leaves
 from npnorm.layers import CrossEntropy
 from npnorm.training.adamw import AdamW
 from npnorm.training.clip import clip, global_norm
@@ -16,6 +15,7 @@ from npnorm.training.gradients import loss_and_grads
 from npnorm.training.schedule import warmup_cosine
 from npnorm.training.text import batch
 from npnorm.transformer import Transformer
+from npnorm.tree import leaves
 
 
 @dataclass(frozen=True)

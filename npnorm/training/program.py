@@ -14,10 +14,10 @@ from tqdm import tqdm
 from npnorm.arrays import Array, from_numpy, nothing
 from npnorm.config import Config, init, layout
 from npnorm.group import Group
-from npnorm.layer import checksum, leaves, map_tree
 from npnorm.training.loop import Recipe, evaluate, generate, train
 from npnorm.training.text import Characters, language_reference, read, split, unigram_entropy
 from npnorm.transformer import Transformer
+from npnorm.tree import checksum, leaves, map_tree
 
 PADDING = 16
 """The vocabulary is rounded up to a multiple of this and of the number of ranks, so that the ranks can share it."""

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from npnorm.layer import leaves, map_tree
 from npnorm.layers import Attention, Rotary
 from npnorm.layers.attention import QUERIES
 from npnorm.threads import set_threads
+from npnorm.tree import leaves, map_tree
 from tests.check import check_backward, check_finite_differences, close, same_bits
 
 HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 3), (6, 2), (3, 1)])

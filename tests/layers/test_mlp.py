@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from npnorm.layer import leaves, map_tree
 from npnorm.layers import MLP, SwiGLU
+from npnorm.tree import leaves, map_tree
 from tests.check import check_backward, check_finite_differences, close, same_bits
 
 NAMES = {MLP: ("up_proj", "down_proj"), SwiGLU: ("gate_proj", "up_proj", "down_proj")}

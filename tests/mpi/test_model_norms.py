@@ -18,10 +18,10 @@ from npnorm import (
     WeightNorm,
 )
 from npnorm.group import SOLO
-from npnorm.layer import leaves
 from npnorm.layers import Linear
 from npnorm.mpi import RankError, Ranks
 from npnorm.norms import centre_writer
+from npnorm.tree import leaves
 from tests.check import close
 from tests.mpi.pmpi import counting
 

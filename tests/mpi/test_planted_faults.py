@@ -5,12 +5,12 @@ import pytest
 
 from npnorm import SOLO, LayerNorm
 from npnorm.config import Config
-from npnorm.layer import map_tree
 from npnorm.layers import MLP, Attention, Linear
 from npnorm.layers.linear import Saved
 from npnorm.mpi import Ranks
 from npnorm.training import global_norm
 from npnorm.transformer import Transformer
+from npnorm.tree import map_tree
 from tests.mpi.test_norms import arrays
 from tests.mpi.test_transformer import SIZES, assert_slices, loss_and_grads, problem
 

@@ -4,11 +4,11 @@ import pytest
 
 from npnorm.arrays import to_numpy
 from npnorm.config import Config, init
-from npnorm.layer import leaves, map_tree, shard
 from npnorm.layers import MLP, CrossEntropy, Embedding, Linear
 from npnorm.mpi import RankError, Ranks
 from npnorm.training import AdamW, Recipe, clip, evaluate, generate, global_norm, train
 from npnorm.transformer import Transformer
+from npnorm.tree import leaves, map_tree, shard
 from tests.mpi.pmpi import counting
 
 SIZES = {"width": 24, "depth": 2, "heads": 12, "hidden": 36, "context": 10}

@@ -7,7 +7,7 @@ import pytest
 from npnorm import norms
 from npnorm.arrays import dtype_name, to_numpy
 from npnorm.blocked import Rows
-from npnorm.layer import leaves, map_tree
+from npnorm.tree import leaves, map_tree
 from tests.check import BFLOAT16, check_backward, check_finite_differences, close, same_bits
 from tests.norms.catalogue import CATALOGUE
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from npnorm import norms
-from npnorm.layer import leaves
+from npnorm.tree import leaves
 from tests.check import BFLOAT16, check_protocol, close, same_bits
 from tests.norms.catalogue import CATALOGUE
 

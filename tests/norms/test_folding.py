@@ -6,9 +6,9 @@ import pytest
 from npnorm import Config, LayerNorm, RMSNorm, Transformer
 from npnorm.blocks import Chain, PreNorm
 from npnorm.config import init
-from npnorm.layer import leaves, map_tree
 from npnorm.layers import Linear
 from npnorm.norms import centre_writer
+from npnorm.tree import leaves, map_tree
 from tests.check import BFLOAT16, close, rounded, same_bits
 
 NORMS = {

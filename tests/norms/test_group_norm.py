@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npnorm import GroupNorm, InstanceNorm, LayerNorm
-from npnorm.layer import map_tree
+from npnorm.tree import map_tree
 from tests.check import BFLOAT16, close, exact_norm, rounded, same_bits
 
 AFFINE = pytest.mark.parametrize("names", [(), ("weight",), ("bias",), ("weight", "bias")], ids="+".join)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npnorm import InstanceNorm
-from npnorm.layer import map_tree
+from npnorm.tree import map_tree
 from tests.check import BFLOAT16, close, exact_norm, rounded, same_bits
 
 NARROW = pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float16"), BFLOAT16], ids=str)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from npnorm import PartialRMSNorm, RMSNorm
-from npnorm.layer import map_tree
+from npnorm.tree import map_tree
 from tests.check import BFLOAT16, check_backward, check_finite_differences, close, rounded, same_bits
 
 NARROW = pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float16"), BFLOAT16], ids=str)

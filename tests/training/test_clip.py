@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from npnorm.layer import leaves
 from npnorm.training import clip, global_norm
+from npnorm.tree import leaves
 
 
 def gradients(scale=1.0):

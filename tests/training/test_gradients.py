@@ -5,10 +5,10 @@ import pytest
 
 from npnorm import Config, Transformer
 from npnorm.config import init
-from npnorm.layer import leaves, map_tree
 from npnorm.layers import CrossEntropy
 from npnorm.threads import set_threads
 from npnorm.training import AdamW, gradients, loss_and_grads
+from npnorm.tree import leaves, map_tree
 from tests.check import close, copy, same_bits
 
 CONFIGS = pytest.mark.parametrize("make_config", [Config.original, Config.modern], ids=["original", "modern"])

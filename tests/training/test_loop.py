@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from npnorm.config import Config, init
-from npnorm.layer import leaves, map_tree
 from npnorm.training import AdamW, Characters, Recipe, evaluate, generate, global_norm, train, unigram_entropy
 from npnorm.transformer import Transformer
+from npnorm.tree import leaves, map_tree
 
 TEXT = "the mean of the squares is not the square of the mean; " * 40
 SIZES = {"width": 16, "depth": 1, "heads": 2, "context": 12}

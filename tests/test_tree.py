@@ -3,8 +3,8 @@ import types
 import numpy as np
 import pytest
 
-from npnorm.group import SOLO, part
-from npnorm.layer import check_features, check_ids, check_names, checksum, leaves, map_tree, shard
+from npnorm.group import part
+from npnorm.tree import check_names, checksum, leaves, map_tree, shard
 from tests.check import same_bits
 
 
@@ -35,50 +35,6 @@ def test_shard_takes_this_ranks_part_of_each_array():
     group = types.SimpleNamespace(rank=1, size=2, shard=take)
     mine = shard(params, {"up": {"weight": 0}, "bias": None}, group)
     same_bits(mine, {"up": {"weight": params["up"]["weight"][2:]}, "bias": params["bias"]})
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
-def test_features_of_the_right_width_pass(dtype):
-    check_features("Linear", np.zeros((2, 3), dtype), 3)
-
-
-@pytest.mark.parametrize("dtype", ["int64", "float16", "bool"])
-def test_features_of_another_dtype_are_refused(dtype):
-    with pytest.raises(TypeError, match=rf"the dtype of x is {dtype}\. Convert it first"):
-        check_features("Linear", np.zeros((2, 3), dtype), 3)
-
-
-@pytest.mark.parametrize("shape", [(), (3, 2), (0,)])
-def test_features_of_another_width_are_refused(shape):
-    with pytest.raises(ValueError, match=r"Linear takes 3 features; x has shape \(.*\)\. The last axis must be 3\."):
-        check_features("Linear", np.zeros(shape), 3)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int64", "uint8", "uint64"])
-def test_ids_of_any_integer_dtype_pass(dtype):
-    check_ids("Embedding", np.array([[0, 4], [2, 1]], dtype), 5, SOLO)
-    check_ids("Embedding", np.zeros((0, 2), dtype), 5, SOLO)
-
-
-@pytest.mark.parametrize(("ids", "came"), [([0, 5], "0 to 5"), ([-1, 3], "-1 to 3")])
-def test_ids_outside_the_vocabulary_are_refused(ids, came):
-    with pytest.raises(ValueError, match=rf"integers from 0 to 4; they came from {came}\. Was the text encoded"):
-        check_ids("Embedding", np.array(ids), 5, SOLO)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "bool"])
-def test_ids_that_are_not_integers_are_refused(dtype):
-    with pytest.raises(TypeError, match=rf"Embedding takes integers from 0 to 4; {dtype} came"):
-        check_ids("Embedding", np.zeros(3, dtype), 5, SOLO)
-
-
-def test_ids_are_compared_over_the_ranks():
-    said = []
-    group = types.SimpleNamespace(rank=0, size=2, agree=said.append)
-    for ids in ([1, 2], [1, 2], [2, 1], [[1, 2]]):
-        check_ids("Embedding", np.array(ids), 5, group)
-    assert said[0] == said[1]
-    assert len(set(said)) == 3
 
 
 def test_a_checksum_does_not_depend_on_the_order_of_names():

@@ -1,13 +1,19 @@
-"""The checks of what enters a norm: one clear error, the same on every rank, before anything is computed."""
+"""The checks of what enters a layer: one clear error, the same on every rank, before anything is computed.
+
+What norms ask comes first, then what the other layers ask.
+"""
 
 import math
+import zlib
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-from npnorm.arrays import Array, describe, dtype_name
-from npnorm.group import Group, everywhere
-from npnorm.layer import check_module
+import numpy as np
+
+from npnorm.arrays import Array, array_module, describe, dtype_name, to_numpy
+from npnorm.group import SOLO, Group, everywhere
+from npnorm.tree import Tree, leaves
 
 SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
     "(features,)": lambda shape: len(shape) > 0,  # or several axes
@@ -19,6 +25,10 @@ SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
 """What the shape of a parameter may be, as messages say it."""
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""What norms take."""
+
+USUAL = (np.dtype("float32"), np.dtype("float64"))
+"""What other layers take."""
 
 
 def is_number(value: Any) -> bool:
@@ -32,6 +42,38 @@ def is_number(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Return whether `value` is an integer, 1 or more."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def place(x: Array) -> str:
+    """Return where `x` lies, for a message and a comparison."""
+    return str(getattr(x, "device", "host"))
+
+
+def check_module(layer: str, x: Array, params: Tree, called: str = "x") -> None:
+    """Raise one clear error unless `x`, in messages `called`, and the parameters are of one module, on one device."""
+    try:
+        module = array_module(x)
+    except TypeError as problem:
+        raise TypeError(f"{layer}: {problem}") from None
+    for name, param in leaves(params):
+        if array_module(param) is module and place(param) != place(x):
+            raise TypeError(
+                f"{layer}: {name} is on {place(param)}, {called} on {place(x)}. Bring both to the same device first."
+            )
+        if array_module(param) is not module:
+            raise TypeError(
+                f"{layer}: {name} is an array of {array_module(param).__name__}, {called} one of {module.__name__}. "
+                "Bring both to the same device first."
+            )
+
+
+def check_float(layer: str, name: str, x: Array) -> None:
+    """Raise unless `x` holds floats; complex128 is let through for the complex step, formulas being analytic."""
+    if dtype_name(x) not in (*FLOATS, "complex128"):
+        raise TypeError(
+            f"{layer} works on {', '.join(FLOATS)}; {name} is {dtype_name(x)}. "
+            f"Convert it first, for example by {name}.astype(numpy.float32)."
+        )
 
 
 def check_settings(layer: str, params: dict[str, Array], eps: float, group: Group, shape: str = "(features,)") -> None:
@@ -72,13 +114,11 @@ def count_axes(layer: str, params: dict[str, Array], axes: int | None, group: Gr
     return held or axes or 1
 
 
-def check_float(layer: str, name: str, x: Array) -> None:
-    """Raise unless `x` holds floats; complex128 is let through for the complex step, formulas being analytic."""
-    if dtype_name(x) not in (*FLOATS, "complex128"):
-        raise TypeError(
-            f"{layer} works on {', '.join(FLOATS)}; {name} is {dtype_name(x)}. "
-            f"Convert it first, for example by {name}.astype(numpy.float32)."
-        )
+def check_place(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
+    """Raise unless the arrays are of the module, and on the device, of the parameters."""
+    with everywhere(group):
+        for name, x in arrays.items():
+            check_module(layer, x, params, name)
 
 
 def check_features(layer: str, params: dict[str, Array], axes: int, group: Group, **arrays: Array) -> None:
@@ -99,13 +139,6 @@ def check_features(layer: str, params: dict[str, Array], axes: int, group: Group
                 plural = "axis" if axes == 1 else f"{axes} axes"
                 raise ValueError(f"{layer} {held}; {name} has shape {tuple(x.shape)}. The last {plural} {last}.")
         check_same_shape(layer, arrays)
-
-
-def check_place(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
-    """Raise unless the arrays are of the module, and on the device, of the parameters."""
-    with everywhere(group):
-        for name, x in arrays.items():
-            check_module(layer, x, params, name)
 
 
 def check_channels(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
@@ -138,3 +171,68 @@ def check_same_shape(layer: str, arrays: dict[str, Array]) -> None:
                     "Hand backward the gradient of the y that came with this saved."
                 )
             raise ValueError(f"{came} {reference} {tuple(arrays[reference].shape)}. Both must have the same shape.")
+
+
+def check_saved(layer: str, saved: Any, kind: type, group: Group = SOLO) -> None:
+    """Raise one clear error, on every rank of the group, unless `saved` is what this kind of layer saves."""
+    if isinstance(saved, kind):
+        return
+    with everywhere(group):
+        came = f"{type(saved).__module__}.{type(saved).__qualname__}"
+        raise TypeError(f"{layer}.backward takes what {layer}.forward saved; a {came} came.")
+
+
+def check_input(layer: str, x: Array, params: Tree, width: int) -> None:
+    """Raise one clear error unless `x` has `width` features last, and the module, device and dtype of the parameters.
+
+    The usual case, plain NumPy arrays of one dtype, is told by comparisons that take no time.
+    """
+    usual = type(x) is np.ndarray and x.dtype in USUAL and x.ndim > 0 and x.shape[-1] == width
+    if usual and all(type(a) is np.ndarray and a.dtype == x.dtype for _, a in leaves(params)):
+        return
+    check_module(layer, x, params)
+    check_width(layer, x, width)
+    check_dtype(layer, x, params)
+
+
+def check_width(layer: str, x: Array, width: int, name: str = "x") -> None:
+    """Raise one clear error unless `x`, in messages `name`, is float32 or float64 with `width` features last.
+
+    complex128 is let through for the complex step, which differentiates the very code that runs.
+    """
+    array_module(x)  # raises, if x is not an array
+    if dtype_name(x) not in ("float32", "float64", "complex128"):
+        raise TypeError(
+            f"{layer} works in float32 or float64; the dtype of {name} is {dtype_name(x)}. "
+            f"Convert it first, for example by {name}.astype(numpy.float32); only the norms take 16-bit floats."
+        )
+    if x.ndim == 0 or x.shape[-1] != width:
+        raise ValueError(
+            f"{layer} takes {width} features; {name} has shape {tuple(x.shape)}. The last axis must be {width}."
+        )
+
+
+def check_dtype(layer: str, x: Array, params: Tree) -> None:
+    """Raise one clear error unless `x` and the parameters have one dtype; complex128 goes with any."""
+    for name, param in leaves(params):
+        if dtype_name(param) != dtype_name(x) and "complex128" not in (dtype_name(param), dtype_name(x)):
+            raise TypeError(
+                f"{layer}: {name} is {dtype_name(param)}, x is {dtype_name(x)}. Convert one of them: "
+                "the result would silently have the wider type."
+            )
+
+
+def check_ids(layer: str, ids: Array, below: int, group: Group) -> None:
+    """Raise one clear error unless `ids` are integers from 0 to below - 1, the same on every rank."""
+    array_module(ids)  # raises, if ids are not an array
+    if not dtype_name(ids).startswith(("int", "uint")):
+        raise TypeError(f"{layer} takes integers from 0 to {below - 1}; {dtype_name(ids)} came.")
+    values = to_numpy(ids)
+    if values.size and not (values.min() >= 0 and values.max() < below):
+        raise ValueError(
+            f"{layer} takes integers from 0 to {below - 1}; they came from {values.min()} to {values.max()}. "
+            "Was the text encoded with another vocabulary?"
+        )
+    if group.size > 1:  # replicated: other ids on one rank would give a wrong result, and no error
+        digest = zlib.crc32(values.tobytes())
+        group.agree(f"{layer} with integers below {below} of shape {values.shape}, checksum {digest:08x}")

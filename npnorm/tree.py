@@ -1,0 +1,94 @@
+"""What a layer is, and helpers over trees of parameters.
+
+A layer is its parameters plus two pure methods. `forward` returns the output and `saved`, everything that `backward`
+needs, written down in a NamedTuple; nothing is remembered on the layer. Gradients have the shape of the parameters.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from npnorm.arrays import Array, to_numpy
+from npnorm.group import Group
+
+Tree = Any
+"""A leaf, or a dict of names to trees: `{"norm": {"weight": w}, "mlp": {...}}`."""
+
+
+class Layer(Protocol):
+    """The two methods and two trees that every layer has."""
+
+    params: Tree
+    """Name to array, or name to the params of a child."""
+
+    shards: Tree
+    """The shape of `params`: for each array the axis along which a group splits it, None where it is replicated."""
+
+    def forward(self, x: Array) -> tuple[Array, Any]:
+        """Return y, saved."""
+
+    def backward(self, dy: Array, saved: Any) -> tuple[Array, Tree]:
+        """Return dx, grads: complete gradients for what this rank holds."""
+
+
+def map_tree(f: Callable[..., Any], *trees: Tree) -> Tree:
+    """Apply `f` to the matching leaves of trees of the same shape.
+
+    Examples
+    --------
+    >>> map_tree(lambda a, b: a + b, {"x": 1, "y": {"z": 2}}, {"x": 10, "y": {"z": 20}})
+    {'x': 11, 'y': {'z': 22}}
+    """
+    first = trees[0]
+    if isinstance(first, dict):
+        return {name: map_tree(f, *(tree[name] for tree in trees)) for name in first}
+    return f(*trees)
+
+
+def leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, leaf) in the order of the tree.
+
+    Examples
+    --------
+    >>> list(leaves({"x": 1, "y": {"z": 2}}))
+    [('x', 1), ('y.z', 2)]
+    """
+    if isinstance(tree, dict):
+        for name, child in tree.items():
+            yield from leaves(child, f"{path}.{name}" if path else name)
+    else:
+        yield path, tree
+
+
+def checksum(tree: Tree) -> int:
+    """Return a checksum of the names, and of the bits of the arrays, of a tree."""
+    total = 0
+    for name, array in sorted(leaves(tree), key=lambda leaf: leaf[0]):
+        total = zlib.crc32(to_numpy(array).tobytes(), zlib.crc32(name.encode(), total))
+    return total
+
+
+def shard(params: Tree, shards: Tree, group: Group) -> Tree:
+    """Return copies of the parts of the whole `params` that this rank holds."""
+    return map_tree(lambda array, axis: group.shard(array, axis), params, shards)
+
+
+def take_shards(layer: str, params: Tree, axes: Tree, group: Group) -> tuple[Tree, Tree]:
+    """Return this rank's parts of the whole `params`, and the tree of the axes that belong to them.
+
+    `axes` has, for each array that the layer can have, the axis along which it is split. Raises a RankError if the
+    whole arrays are not the same on every rank.
+    """
+    if group.size > 1:
+        group.agree(f"{layer} of whole arrays with checksum {checksum(params):08x}")
+    shards = {part: {name: axes[part][name] for name in params[part]} for part in axes}
+    return shard({part: params[part] for part in axes}, shards, group), shards
+
+
+def check_names(layer: str, params: Tree, axes: Tree) -> None:
+    """Raise one clear error unless `params` has the arrays of `axes`; a "bias" may be left out."""
+    known, came = [name for name, _ in leaves(axes)], [name for name, _ in leaves(params)]
+    missing = [name for name in known if name not in came and not name.endswith("bias")]
+    strange = [name for name in came if name not in known]
+    if missing or strange:
+        raise ValueError(f"{layer} takes {', '.join(known)}; missing: {missing}, unknown: {strange}.")
