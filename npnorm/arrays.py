@@ -65,7 +65,7 @@ def from_numpy(values: np.ndarray, like: Array) -> Array:
     return xp.asarray(values, device=like.device)
 
 
-def nothing(device: str) -> Array:
+def empty_on(device: str) -> Array:
     """Return an array without elements on "cpu" or "gpu", for `from_numpy` to follow.
 
     Raises

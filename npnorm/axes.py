@@ -94,7 +94,7 @@ class Axes:
 
     def sum(self, *arrays: Array) -> Any:
         """Return the sums over whole rows; several arrays share one message."""
-        return self.group.sum(*(self.held_sum(a) for a in arrays), what=self.what(arrays[0]))
+        return self.group.sum(*(self.held_sum(a) for a in arrays), label=self.what(arrays[0]))
 
     def what(self, rows: Array) -> str:
         """Return what a message is about."""
@@ -115,7 +115,7 @@ class Axes:
 
     def largest(self, rows: Array) -> Array:
         """Return the largest magnitude of each row, over all ranks, of shape (rows, 1, ...)."""
-        return self.group.max(self._largest(rows), what=self.layer)
+        return self.group.max(self._largest(rows), label=self.layer)
 
     def _largest(self, rows: Array) -> Array:
         xp, count, held = array_module(rows), rows.shape[0], self.held(rows)
@@ -295,7 +295,7 @@ class Channels(Axes):
         if isinstance(self.group, Solo):
             return super().sum(*arrays)
         slot = self.group.rank * self.count // self.group.size
-        sums = self.group.sum(*(self._in_slot(self.held_sum(a), slot) for a in arrays), what=self.what(arrays[0]))
+        sums = self.group.sum(*(self._in_slot(self.held_sum(a), slot) for a in arrays), label=self.what(arrays[0]))
         return sums[slot, ...] if len(arrays) == 1 else tuple(total[slot, ...] for total in sums)
 
     def largest(self, rows: Array) -> Array:
@@ -303,14 +303,14 @@ class Channels(Axes):
         if isinstance(self.group, Solo):
             return super().largest(rows)
         slot = self.group.rank * self.count // self.group.size
-        return self.group.max(self._in_slot(self._largest(rows), slot), what=self.layer)[slot, ...]
+        return self.group.max(self._in_slot(self._largest(rows), slot), label=self.layer)[slot, ...]
 
     def any(self, flags: Array) -> bool:
         """Return whether a flag of some row on some rank is set."""
         if isinstance(self.group, Solo):
             return super().any(flags)
         xp = array_module(flags)
-        return bool(self.group.max(xp.astype(xp.any(flags), xp.float64), what=self.layer) > 0)
+        return bool(self.group.max(xp.astype(xp.any(flags), xp.float64), label=self.layer) > 0)
 
     def what(self, rows: Array) -> str:
         """Return what a message is about."""

@@ -16,7 +16,7 @@ from npnorm.axes import Axes
 from npnorm.careful import Careful
 from npnorm.device import Device
 from npnorm.fast import Fast
-from npnorm.group import Group, everywhere
+from npnorm.group import Group, errors_on_all_ranks
 
 
 class Rows:
@@ -38,7 +38,7 @@ class Rows:
         self.axes = axes
         self.group = group or axes.group
         self.eps = float(eps)  # a Python number takes the precision of the array that it meets
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             if compute not in (None, "float64", "float32"):
                 raise ValueError(f"{axes.layer}: compute is {compute!r}. Choose None, 'float64' or 'float32'.")
         self.compute = compute or "float64"
@@ -134,7 +134,7 @@ class Rows:
         arrays = {"dy": dy, "x": x} | ({} if plus is None else {"plus": plus})
         self._check_out(out, x, *arrays.values(), *others, *params.values())
         rows = {name: self.axes.rows(a) for name, a in arrays.items()}
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             if any(a.shape[0] != rows["dy"].shape[0] for a in statistics):
                 raise ValueError(
                     f"{self.axes.layer}: this norm makes {rows['dy'].shape[0]} rows of x, and saved has statistics of "
@@ -165,7 +165,7 @@ class Rows:
         return self.device if is_cuda(array_module(x)) else self.fast
 
     def _check_dtypes(self, *arrays: Array) -> None:
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             if self.compute == "float32" and "float64" in {dtype_name(a) for a in arrays}:
                 raise TypeError(
                     f"{self.axes.layer}: compute='float32' would cut float64 arrays short. Leave compute out for them."
@@ -176,7 +176,7 @@ class Rows:
         if out is None:
             return
         layer = self.axes.layer
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             if array_module(out) is not array_module(x) or tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
                 raise ValueError(
                     f"{layer}: out must be an array like x, {tuple(x.shape)} {dtype_name(x)}; {tuple(out.shape)} "

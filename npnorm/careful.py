@@ -23,7 +23,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
 from npnorm.axes import Axes
-from npnorm.group import Group, Solo, everywhere
+from npnorm.group import Group, Solo, errors_on_all_ranks
 from npnorm.threads import get_threads, share
 
 BLOCK = 1 << 20
@@ -170,7 +170,7 @@ class Careful:
     def working(self, x: Array, *others: Array) -> Any:
         """Return the working dtype: complex128 for the complex step, which differentiates the very code that runs."""
         names = {dtype_name(a) for a in (x, *others)}
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             if "complex128" in names and dtype_name(x) != "complex128":
                 raise TypeError(
                     f"{self.axes.layer}: a parameter or dy is complex128 and x {dtype_name(x)}; imaginary parts would "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from npnorm.arrays import Array, array_module, describe, dtype_name, to_numpy
-from npnorm.group import SOLO, Group, everywhere
+from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.tree import Tree, leaves
 
 SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
@@ -84,14 +84,14 @@ def check_settings(layer: str, params: dict[str, Array], eps: float, group: Grou
     shape : str
         What the shape of each parameter should be: a key of `SHAPES`.
     """
-    with everywhere(group):
+    with errors_on_all_ranks(group):
         for name, array in params.items():
             if not hasattr(array, "shape"):
                 raise TypeError(
                     f"{layer}: {name} must be an array of shape {shape}; a {type(array).__name__} came. "
                     f"Turn it into an array first, for example by numpy.asarray."
                 )
-        group.agree(f"{layer} with eps={eps} and " + ", ".join(f"{n} {describe(a)}" for n, a in params.items()))
+        group.require_same(f"{layer} with eps={eps} and " + ", ".join(f"{n} {describe(a)}" for n, a in params.items()))
         if not is_number(eps) or eps < 0:
             raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")
         for name, array in params.items():
@@ -106,7 +106,7 @@ def check_settings(layer: str, params: dict[str, Array], eps: float, group: Grou
 def count_axes(layer: str, params: dict[str, Array], axes: int | None, group: Group) -> int:
     """Return how many trailing axes are the features: those of the parameters; without parameters `axes`, or 1."""
     held = next((a.ndim for a in params.values()), None)
-    with everywhere(group):
+    with errors_on_all_ranks(group):
         if axes is not None and not is_count(axes):
             raise ValueError(f"{layer}: axes is {axes!r}. It is how many trailing axes are the features: 1 or more.")
         if None not in (axes, held) and axes != held:
@@ -116,7 +116,7 @@ def count_axes(layer: str, params: dict[str, Array], axes: int | None, group: Gr
 
 def check_place(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
     """Raise unless the arrays are of the module, and on the device, of the parameters."""
-    with everywhere(group):
+    with errors_on_all_ranks(group):
         for name, x in arrays.items():
             check_module(layer, x, params, name)
 
@@ -124,7 +124,7 @@ def check_place(layer: str, params: dict[str, Array], group: Group, **arrays: Ar
 def check_features(layer: str, params: dict[str, Array], axes: int, group: Group, **arrays: Array) -> None:
     """Raise unless the arrays are floats of one shape (..., features) with the features of the parameters."""
     expected = next((tuple(a.shape) for a in params.values()), None)
-    with everywhere(group):
+    with errors_on_all_ranks(group):
         for name, x in arrays.items():
             check_module(layer, x, params, name)
             check_float(layer, name, x)
@@ -144,7 +144,7 @@ def check_features(layer: str, params: dict[str, Array], axes: int, group: Group
 def check_channels(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
     """Raise unless the arrays are floats of one shape (N, C, ...) with the channels C of the parameters."""
     expected = next((a.shape[0] for a in params.values()), None)
-    with everywhere(group):
+    with errors_on_all_ranks(group):
         for name, x in arrays.items():
             check_module(layer, x, params, name)
             check_float(layer, name, x)
@@ -177,7 +177,7 @@ def check_saved(layer: str, saved: Any, kind: type, group: Group = SOLO) -> None
     """Raise one clear error, on every rank of the group, unless `saved` is what this kind of layer saves."""
     if isinstance(saved, kind):
         return
-    with everywhere(group):
+    with errors_on_all_ranks(group):
         came = f"{type(saved).__module__}.{type(saved).__qualname__}"
         raise TypeError(f"{layer}.backward takes what {layer}.forward saved; a {came} came.")
 
@@ -235,4 +235,4 @@ def check_ids(layer: str, ids: Array, below: int, group: Group) -> None:
         )
     if group.size > 1:  # replicated: other ids on one rank would give a wrong result, and no error
         digest = zlib.crc32(values.tobytes())
-        group.agree(f"{layer} with integers below {below} of shape {values.shape}, checksum {digest:08x}")
+        group.require_same(f"{layer} with integers below {below} of shape {values.shape}, checksum {digest:08x}")

@@ -22,22 +22,22 @@ class Group(Protocol):
     rank: int
     size: int
 
-    def sum(self, *arrays: Array, what: str = "") -> Any:
+    def sum(self, *arrays: Array, label: str = "") -> Any:
         """Turn partial arrays into replicated ones; several travel in one message and come back as a tuple."""
 
-    def max(self, x: Array, what: str = "") -> Array:
+    def max(self, x: Array, label: str = "") -> Array:
         """Return the largest value over the ranks, element by element; a NaN on any rank stays."""
 
-    def gather(self, x: Array, axis: int, what: str = "") -> Array:
+    def gather(self, x: Array, axis: int, label: str = "") -> Array:
         """Turn an array sharded along `axis` into a replicated one."""
 
     def shard(self, x: Array, axis: int | None) -> Array:
         """Return a copy of this rank's part of the replicated `x` along `axis` (None: of all of it)."""
 
-    def agree(self, what: str) -> None:
+    def require_same(self, label: str) -> None:
         """Raise the same error on every rank unless all ranks came here with the same text."""
 
-    def error(self, problem: Exception) -> Exception:
+    def shared_error(self, problem: Exception) -> Exception:
         """Return `problem`, to be raised, once every rank has it; raise on every rank if only some have it."""
 
 
@@ -47,15 +47,15 @@ class Solo:
     rank = 0
     size = 1
 
-    def sum(self, *arrays: Array, what: str = "") -> Any:
+    def sum(self, *arrays: Array, label: str = "") -> Any:
         """Return the arrays: a single one as it is, several as a tuple."""
         return arrays[0] if len(arrays) == 1 else arrays
 
-    def max(self, x: Array, what: str = "") -> Array:
+    def max(self, x: Array, label: str = "") -> Array:
         """Return `x`."""
         return x
 
-    def gather(self, x: Array, axis: int, what: str = "") -> Array:
+    def gather(self, x: Array, axis: int, label: str = "") -> Array:
         """Return `x`."""
         return x
 
@@ -63,10 +63,10 @@ class Solo:
         """Return a copy of `x`."""
         return array_module(x).astype(x, x.dtype)
 
-    def agree(self, what: str) -> None:
+    def require_same(self, label: str) -> None:
         """Do nothing: one rank agrees with itself."""
 
-    def error(self, problem: Exception) -> Exception:
+    def shared_error(self, problem: Exception) -> Exception:
         """Return `problem`."""
         return problem
 
@@ -76,43 +76,43 @@ SOLO = Solo()
 
 
 @contextmanager
-def everywhere(group: Group) -> Iterator[None]:
+def errors_on_all_ranks(group: Group) -> Iterator[None]:
     """Raise on every rank of the group what any rank raises within; the others learn of it at their next message.
 
     Examples
     --------
-    >>> with everywhere(SOLO):
+    >>> with errors_on_all_ranks(SOLO):
     ...     raise ValueError("on all")
     Traceback (most recent call last):
     ValueError: on all
     """
-    if not hasattr(group, "agree"):
+    if not hasattr(group, "require_same"):
         raise TypeError(f"group is a {type(group).__name__}. Wrap a communicator first: npnorm.mpi.Ranks(comm).")
     try:
         yield
     except RankError:
         raise
     except Exception as problem:
-        raise group.error(problem) from None
+        raise group.shared_error(problem) from None
 
 
-def part(group: Group, length: int, what: str) -> slice:
+def shard_slice(group: Group, length: int, label: str) -> slice:
     """Return the slice of `length` entries that the group's rank holds.
 
     Raises
     ------
     ValueError
-        On every rank, if the ranks do not divide the length; `what` names that which is to be shared.
+        On every rank, if the ranks do not divide the length; `label` names what is to be shared.
 
     Examples
     --------
-    >>> part(SOLO, 6, "6 heads")
+    >>> shard_slice(SOLO, 6, "6 heads")
     slice(0, 6, None)
     """
     if length % group.size:
-        raise group.error(
+        raise group.shared_error(
             ValueError(
-                f"{group.size} ranks cannot share {what} equally: {length} is not a multiple of {group.size}. "
+                f"{group.size} ranks cannot share {label} equally: {length} is not a multiple of {group.size}. "
                 "Choose a size that the ranks divide, or another number of ranks."
             )
         )

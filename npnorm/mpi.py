@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from npnorm.arrays import Array, array_module, describe, dtype_name, from_numpy, to_numpy
-from npnorm.group import RankError, part
+from npnorm.group import RankError, shard_slice
 
 try:
     from mpi4py import MPI
@@ -70,12 +70,12 @@ class Ranks:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
-    def sum(self, *arrays: Array, what: str = "") -> Any:
+    def sum(self, *arrays: Array, label: str = "") -> Any:
         """Turn partial arrays into replicated ones: one all-reduce, however many arrays of one dtype.
 
         Every rank gets the same bits.
         """
-        self._agree(f"sum of {' and '.join(map(describe, arrays))} for {what or 'the caller'}")
+        self._require_same(f"sum of {' and '.join(map(describe, arrays))} for {label or 'the caller'}")
         flat = [_to_host(x).ravel() for x in arrays]
         mine = flat[0] if len(flat) == 1 else np.concatenate(flat)
         total = np.empty_like(mine)
@@ -85,17 +85,17 @@ class Ranks:
         sums = tuple(_from_host(t, x) for t, x in zip(np.split(total, ends), arrays, strict=True))
         return sums[0] if len(sums) == 1 else sums
 
-    def max(self, x: Array, what: str = "") -> Array:
+    def max(self, x: Array, label: str = "") -> Array:
         """Return the largest value over the ranks, element by element; a NaN on any rank stays.
 
         One all-gather: MPI's own maximum loses a NaN on some ranks and not on others.
         """
-        self._agree(f"max of {describe(x)} for {what or 'the caller'}")
+        self._require_same(f"max of {describe(x)} for {label or 'the caller'}")
         return _from_host(np.max(self._allgather("max", _to_host(x)), axis=0), x)
 
-    def gather(self, x: Array, axis: int, what: str = "") -> Array:
+    def gather(self, x: Array, axis: int, label: str = "") -> Array:
         """Turn an array sharded along `axis` into a replicated one: one all-gather."""
-        self._agree(f"gather of {describe(x)} along axis {axis} for {what or 'the caller'}")
+        self._require_same(f"gather of {describe(x)} along axis {axis} for {label or 'the caller'}")
         shards = self._allgather("gather", _to_host(x))
         return array_module(x).concat([_from_host(shard, x) for shard in shards], axis=axis)
 
@@ -105,30 +105,30 @@ class Ranks:
         if axis is None:
             return xp.astype(x, x.dtype)
         index = [slice(None)] * x.ndim
-        index[axis] = part(self, x.shape[axis], f"an array of shape {tuple(x.shape)} along axis {axis}")
+        index[axis] = shard_slice(self, x.shape[axis], f"an array of shape {tuple(x.shape)} along axis {axis}")
         return xp.astype(x[tuple(index)], x.dtype)
 
-    def agree(self, what: str) -> None:
+    def require_same(self, label: str) -> None:
         """Raise the same `RankError` on every rank unless all ranks came here with the same text."""
-        digest = zlib.crc32(what.encode())
+        digest = zlib.crc32(label.encode())
         mine = np.array([digest, -digest], np.int64)
         largest = np.empty_like(mine)
         self._count("check", mine)
         self.comm.Allreduce(mine, largest, op=MPI.MAX)
         if largest[0] != -largest[1]:  # the largest is not the smallest
-            raise RankError(_disagreement(self.comm.allgather(what), self.comm.allgather(_caller())))
+            raise RankError(_disagreement(self.comm.allgather(label), self.comm.allgather(_caller())))
 
-    def error(self, problem: Exception) -> Exception:
+    def shared_error(self, problem: Exception) -> Exception:
         """Return `problem`, to be raised, once every rank has it; raise a `RankError` on all if only some have it.
 
         The other ranks learn of it at their next operation, before they send anything.
         """
-        self._agree(f"{type(problem).__name__}: {problem}")
+        self._require_same(f"{type(problem).__name__}: {problem}")
         return problem
 
-    def _agree(self, what: str) -> None:
+    def _require_same(self, label: str) -> None:
         if self.check:
-            self.agree(what)
+            self.require_same(label)
 
     def _allgather(self, name: str, mine: np.ndarray) -> np.ndarray:
         everyone = np.empty((self.size, *mine.shape), mine.dtype)
@@ -203,7 +203,7 @@ def run(main: Callable[[Ranks], Any]) -> None:
             except SystemExit as leave:
                 if leave.code not in (None, 0):
                     raise
-            group.agree("the end of the program")
+            group.require_same("the end of the program")
     except BaseException as problem:
         _end(failures, problem)
 

@@ -20,7 +20,7 @@ from npnorm.arrays import Array, dtype_name
 from npnorm.blocks import Chain, PostNorm, PreNorm
 from npnorm.checks import check_module
 from npnorm.config import Config, layout
-from npnorm.group import SOLO, Group, everywhere, part
+from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers import MLP, Attention, Embedding, Linear, Positions, Rotary, SwiGLU
 from npnorm.norms import LayerNorm, RMSNorm
 from npnorm.tree import Layer, Tree, checksum, leaves, map_tree
@@ -52,12 +52,12 @@ class Transformer:
     """
 
     def __init__(self, config: Config, params: Tree, *, group: Group = SOLO) -> None:
-        with everywhere(group):
-            group.agree(f"Transformer {config}")
+        with errors_on_all_ranks(group):
+            group.require_same(f"Transformer {config}")
             _check_params(config, params)
             if group.size > 1:
-                group.agree(f"Transformer of whole arrays with checksum {checksum(params):08x}")
-        part(group, config.vocabulary, f"a vocabulary of {config.vocabulary}")
+                group.require_same(f"Transformer of whole arrays with checksum {checksum(params):08x}")
+        shard_slice(group, config.vocabulary, f"a vocabulary of {config.vocabulary}")
         self.config = config
         self.group = group
         self.embedding = Embedding(group.shard(params["embedding"]["weight"], 0), group=group)
@@ -96,7 +96,7 @@ class Transformer:
 
     def forward(self, ids: Array) -> tuple[Array, Saved]:
         """Return logits of shape (batch, length, vocabulary of this rank) for ids of shape (batch, length)."""
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             check_module("Transformer", ids, self.embedding.params)
             if ids.ndim != 2 or not 0 < ids.shape[1] <= self.config.context:
                 raise ValueError(
@@ -110,9 +110,9 @@ class Transformer:
 
     def backward(self, dlogits: Array, saved: Saved) -> tuple[None, Tree]:
         """Return None, since ids have no gradient, and the gradients of this rank's shards."""
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             dx, head = self.head.backward(dlogits, saved.head)
-        dx = self.group.sum(dx, what="the head's backward")
+        dx = self.group.sum(dx, label="the head's backward")
         dx, stack = self.stack.backward(dx, saved.stack)
         _, embedding = self.embedding.backward(dx, saved.embedding)
         if self.config.tied:  # one table, used twice

@@ -80,7 +80,7 @@ def take_shards(layer: str, params: Tree, axes: Tree, group: Group) -> tuple[Tre
     whole arrays are not the same on every rank.
     """
     if group.size > 1:
-        group.agree(f"{layer} of whole arrays with checksum {checksum(params):08x}")
+        group.require_same(f"{layer} of whole arrays with checksum {checksum(params):08x}")
     shards = {part: {name: axes[part][name] for name in params[part]} for part in axes}
     return shard({part: params[part] for part in axes}, shards, group), shards
 

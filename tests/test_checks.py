@@ -44,7 +44,7 @@ def test_ids_that_are_not_integers_are_refused(dtype):
 
 def test_ids_are_compared_over_the_ranks():
     said = []
-    group = types.SimpleNamespace(rank=0, size=2, agree=said.append)
+    group = types.SimpleNamespace(rank=0, size=2, require_same=said.append)
     for ids in ([1, 2], [1, 2], [2, 1], [[1, 2]]):
         check_ids("Embedding", np.array(ids), 5, group)
     assert said[0] == said[1]

@@ -3,7 +3,7 @@ import types
 import numpy as np
 import pytest
 
-from npnorm.group import SOLO, everywhere, part
+from npnorm.group import SOLO, errors_on_all_ranks, shard_slice
 from tests.check import same_bits
 
 
@@ -14,7 +14,7 @@ def test_solo_is_rank_zero_of_one():
 def test_the_sum_over_one_rank_is_the_array_itself():
     a, b = np.arange(3.0), np.arange(4.0)
     assert SOLO.sum(a) is a
-    assert SOLO.sum(a, b, what="two at once") == (a, b)
+    assert SOLO.sum(a, b, label="two at once") == (a, b)
 
 
 def test_max_and_gather_over_one_rank_are_the_array_itself():
@@ -33,23 +33,23 @@ def test_the_shard_of_one_rank_is_a_copy_of_all(axis):
 
 def test_one_rank_agrees_with_itself_and_hands_errors_back():
     problem = ValueError("too long")
-    assert SOLO.agree("anything") is None
-    assert SOLO.error(problem) is problem
+    assert SOLO.require_same("anything") is None
+    assert SOLO.shared_error(problem) is problem
 
 
 def test_parts_cover_the_length_without_overlap():
     ranks = [types.SimpleNamespace(rank=rank, size=4) for rank in range(4)]
-    shared = [part(group, 12, "12 heads") for group in ranks]
+    shared = [shard_slice(group, 12, "12 heads") for group in ranks]
     assert np.concatenate([np.arange(12)[s] for s in shared]).tolist() == list(range(12))
-    assert part(SOLO, 12, "12 heads") == slice(0, 12)
+    assert shard_slice(SOLO, 12, "12 heads") == slice(0, 12)
 
 
 def test_a_length_that_the_ranks_do_not_divide_is_refused():
-    group = types.SimpleNamespace(rank=1, size=4, error=lambda problem: problem)
+    group = types.SimpleNamespace(rank=1, size=4, shared_error=lambda problem: problem)
     with pytest.raises(ValueError, match=r"4 ranks cannot share 6 heads equally: 6 is not a multiple of 4\. Choose"):
-        part(group, 6, "6 heads")
+        shard_slice(group, 6, "6 heads")
 
 
-def test_everywhere_lets_an_error_through_on_one_rank():
-    with pytest.raises(KeyError, match="a name"), everywhere(SOLO):
+def test_errors_on_all_ranks_lets_an_error_through_on_one_rank():
+    with pytest.raises(KeyError, match="a name"), errors_on_all_ranks(SOLO):
         raise KeyError("a name")

@@ -3,7 +3,7 @@ import types
 import numpy as np
 import pytest
 
-from npnorm.group import part
+from npnorm.group import shard_slice
 from npnorm.tree import check_names, checksum, leaves, map_tree, shard
 from tests.check import same_bits
 
@@ -30,7 +30,9 @@ def test_shard_takes_this_ranks_part_of_each_array():
     params = {"up": {"weight": rng.standard_normal((4, 3))}, "bias": rng.standard_normal(5)}
 
     def take(x, axis):
-        return x if axis is None else np.moveaxis(np.moveaxis(x, axis, 0)[part(group, x.shape[axis], "")], 0, axis)
+        return (
+            x if axis is None else np.moveaxis(np.moveaxis(x, axis, 0)[shard_slice(group, x.shape[axis], "")], 0, axis)
+        )
 
     group = types.SimpleNamespace(rank=1, size=2, shard=take)
     mine = shard(params, {"up": {"weight": 0}, "bias": None}, group)

@@ -37,7 +37,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, describe, dtype_name, from_numpy, transpose
 from npnorm.checks import check_input, check_saved
-from npnorm.group import SOLO, Group, everywhere, part
+from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.inplace import exp, in_blocks
 from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.layers.rope import Rotary
@@ -89,12 +89,12 @@ class Attention:
     ) -> None:
         kv_heads = kv_heads or heads
         axes = {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "o_proj": ROW}
-        with everywhere(group):
-            group.agree(f"Attention with {heads} heads, {kv_heads} of keys and values")
+        with errors_on_all_ranks(group):
+            group.require_same(f"Attention with {heads} heads, {kv_heads} of keys and values")
             check_names("Attention", params, axes)
             _check_heads({name: tuple(params[name]["weight"].shape) for name in axes}, heads, kv_heads)
-            part(group, heads, f"{heads} heads")
-            part(group, kv_heads, f"{kv_heads} heads of keys and values")
+            shard_slice(group, heads, f"{heads} heads")
+            shard_slice(group, kv_heads, f"{kv_heads} heads of keys and values")
             params, self.shards = take_shards("Attention", params, axes, group)
             stacked = _stack(params)
         self.params = {**_cut(stacked, params), "o_proj": params["o_proj"]}  # views: a step of training reaches both
@@ -109,7 +109,7 @@ class Attention:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x: (batch, length, width)."""
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             check_input("Attention", x, self.params, self.qkv.params["weight"].shape[1])
             if x.ndim != 3:
                 raise ValueError(f"Attention takes x of shape (batch, length, width); {tuple(x.shape)} came.")
@@ -136,7 +136,7 @@ class Attention:
         dqkv = from_numpy(np.zeros(shape, dtype_name(do)), do)
         in_blocks(partial(self._read_backward, turns), p[:1, ...].size, *self._parts(dqkv), self._split(do), q, k, v, p)
         dx, grads = self.qkv.backward(dqkv, saved.qkv_proj)
-        dx = self.group.sum(dx, what="Attention.backward")
+        dx = self.group.sum(dx, label="Attention.backward")
         return dx, {**_cut(grads, self.params), "o_proj": grads_o}
 
     def _parts(self, qkv: Array) -> Iterator[Array]:

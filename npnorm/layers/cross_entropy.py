@@ -19,7 +19,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, from_numpy, log
 from npnorm.checks import check_ids, check_module, check_saved, check_width
-from npnorm.group import SOLO, Group, everywhere
+from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.layers.inplace import exp
 
 
@@ -53,7 +53,7 @@ class CrossEntropy:
 
     def forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
         """Return the loss, without axes, for logits of shape (..., vocabulary) and targets of shape (...)."""
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             xp = array_module(logits)
             held = logits.shape[-1] if logits.ndim else 0
             check_width("CrossEntropy", logits, held or 1, name="logits")
@@ -66,12 +66,12 @@ class CrossEntropy:
             check_ids("CrossEntropy", targets, held * self.group.size, self.group)
         target = xp.astype(targets, xp.int64)[..., None] - self.group.rank * held
         inside = (target >= 0) & (target < held)
-        m = self.group.max(xp.max(logits, axis=-1, keepdims=True), what="CrossEntropy")
+        m = self.group.max(xp.max(logits, axis=-1, keepdims=True), label="CrossEntropy")
         x = logits - m
         x_t = xp.take_along_axis(x, xp.where(inside, target, xp.zeros_like(target)), axis=-1)
         x_t = xp.where(inside, x_t, xp.zeros_like(x_t))
         p = exp(x)
-        total, x_t = self.group.sum(xp.sum(p, axis=-1, keepdims=True), x_t, what="CrossEntropy")
+        total, x_t = self.group.sum(xp.sum(p, axis=-1, keepdims=True), x_t, label="CrossEntropy")
         p /= total
         loss = xp.mean(log(total) - x_t)
         return loss, Saved(p, target)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from npnorm.arrays import Array, array_module, describe
 from npnorm.checks import check_ids, check_module, check_saved, check_width
-from npnorm.group import SOLO, Group, Solo, everywhere
+from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.layers.inplace import sum_at
 
 
@@ -46,9 +46,9 @@ class Embedding:
         self.params = {"weight": weight}
         self.shards = {"weight": None if isinstance(group, Solo) else 0}
         self.group = group
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             array_module(weight)  # raises, if it is not an array
-            group.agree(f"Embedding with weight {describe(weight)}")
+            group.require_same(f"Embedding with weight {describe(weight)}")
             if weight.ndim != 2:
                 raise ValueError(f"Embedding: weight must have shape (vocabulary, width); {tuple(weight.shape)} came.")
 
@@ -56,7 +56,7 @@ class Embedding:
         """Return x of shape (..., width) for integers of shape (...)."""
         w = self.params["weight"]
         held = w.shape[0]
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             check_module("Embedding", ids, self.params)
             check_ids("Embedding", ids, held * self.group.size, self.group)
         xp = array_module(ids)
@@ -65,13 +65,13 @@ class Embedding:
         found = xp.take(w, xp.reshape(xp.where(inside, rows, xp.zeros_like(rows)), (-1,)), axis=0)
         found = xp.reshape(found, (*ids.shape, w.shape[1]))
         x = xp.where(inside[..., None], found, xp.zeros_like(found))
-        return self.group.sum(x, what="Embedding"), Saved(rows)
+        return self.group.sum(x, label="Embedding"), Saved(rows)
 
     def backward(self, dx: Array, saved: Saved) -> tuple[None, dict[str, Array]]:
         """Return None, since ids have no gradient, and the gradient of the table."""
         w = self.params["weight"]
         check_saved("Embedding", saved, Saved)
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             check_width("Embedding.backward", dx, w.shape[1], name="dx")
         xp = array_module(dx)
         rows, dx = xp.reshape(saved.rows, (-1,)), xp.reshape(dx, (-1, w.shape[1]))

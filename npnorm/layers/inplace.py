@@ -25,7 +25,7 @@ def tanh(x: Array) -> Array:
     return np.tanh(x, out=x) if isinstance(x, np.ndarray) else array_module(x).tanh(x)
 
 
-def plus(a: Array, b: Array) -> Array:
+def add_into(a: Array, b: Array) -> Array:
     """Return a + b; written over `a`, where `a` can hold it: a complex b, of the complex step, makes a new array."""
     if array_module(a).result_type(a, b) != a.dtype:
         return a + b

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from npnorm.arrays import Array, array_module, describe
 from npnorm.checks import check_input, check_module, check_saved, check_width
-from npnorm.group import SOLO, Group, Solo, everywhere
-from npnorm.layers.inplace import plus
+from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
+from npnorm.layers.inplace import add_into
 
 COLUMN: dict[str, int | None] = {"weight": 0, "bias": 0}
 ROW: dict[str, int | None] = {"weight": 1, "bias": None}
@@ -62,10 +62,10 @@ class Linear:
         self.params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         self.shards = {name: None if name == "bias" or isinstance(group, Solo) else 1 for name in self.params}
         self.group = group
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             check_module("Linear", weight, self.params)
             came = ", ".join(f"{name} {describe(array)}" for name, array in self.params.items())
-            group.agree(f"Linear with {came}")
+            group.require_same(f"Linear with {came}")
             if weight.ndim != 2 or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
                 raise ValueError(
                     f"Linear: weight must have shape (outputs, inputs), bias (outputs,); there came {came}."
@@ -74,15 +74,15 @@ class Linear:
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of shape (..., outputs) for x of shape (..., inputs)."""
         w, b = self.params["weight"], self.params.get("bias")
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             check_input("Linear", x, self.params, w.shape[1])
-        y = self.group.sum(_times(x, w.T), what="Linear")
-        return (y if b is None else plus(y, b)), Saved(x)
+        y = self.group.sum(_times(x, w.T), label="Linear")
+        return (y if b is None else add_into(y, b)), Saved(x)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dx, and the gradients of weight and bias."""
         w = self.params["weight"]
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             check_saved("Linear", saved, Saved)
             check_width("Linear.backward", dy, w.shape[0], name="dy")
         xp = array_module(dy)

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
 from npnorm.checks import check_input, check_saved
-from npnorm.group import SOLO, Group, everywhere, part
+from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.activations import GELU, silu, silu_backward
-from npnorm.layers.inplace import elementwise, plus
+from npnorm.layers.inplace import add_into, elementwise
 from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.tree import Tree, check_names, take_shards
 
@@ -45,10 +45,10 @@ class MLP:
 
     def __init__(self, params: Tree, *, group: Group = SOLO) -> None:
         axes = {"up_proj": COLUMN, "down_proj": ROW}
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             check_names("MLP", params, axes)
             hidden = params["up_proj"]["weight"].shape[0]
-            part(group, hidden, f"{hidden} hidden features")
+            shard_slice(group, hidden, f"{hidden} hidden features")
             self.params, self.shards = take_shards("MLP", params, axes, group)
         self.up = Linear(**self.params["up_proj"])
         self.gelu = GELU()
@@ -57,7 +57,7 @@ class MLP:
 
     def forward(self, x: Array) -> tuple[Array, SavedMLP]:
         """Return y of the shape of x: (..., width)."""
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             check_input("MLP", x, self.params, self.up.params["weight"].shape[1])
         h, up = self.up.forward(x)
         a, gelu = self.gelu.forward(h)
@@ -70,7 +70,7 @@ class MLP:
         da, down = self.down.backward(dy, saved.down)
         dh, _ = self.gelu.backward(da, saved.gelu)
         dx, up = self.up.backward(dh, saved.up)
-        return self.group.sum(dx, what="MLP.backward"), {"up_proj": up, "down_proj": down}
+        return self.group.sum(dx, label="MLP.backward"), {"up_proj": up, "down_proj": down}
 
 
 class SavedSwiGLU(NamedTuple):
@@ -97,10 +97,10 @@ class SwiGLU:
 
     def __init__(self, params: Tree, *, group: Group = SOLO) -> None:
         axes = {"gate_proj": COLUMN, "up_proj": COLUMN, "down_proj": ROW}
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             check_names("SwiGLU", params, axes)
             hidden = params["up_proj"]["weight"].shape[0]
-            part(group, hidden, f"{hidden} hidden features")
+            shard_slice(group, hidden, f"{hidden} hidden features")
             self.params, self.shards = take_shards("SwiGLU", params, axes, group)
         self.gate = Linear(**self.params["gate_proj"])
         self.up = Linear(**self.params["up_proj"])
@@ -109,7 +109,7 @@ class SwiGLU:
 
     def forward(self, x: Array) -> tuple[Array, SavedSwiGLU]:
         """Return y of the shape of x: (..., width)."""
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             check_input("SwiGLU", x, self.params, self.up.params["weight"].shape[1])
         g, gate = self.gate.forward(x)
         h, up = self.up.forward(x)
@@ -124,7 +124,7 @@ class SwiGLU:
         dg, dh = elementwise(_gate_backward, da, saved.g, saved.s, saved.h)
         dx_up, up = self.up.backward(dh, saved.up)
         dx_gate, gate = self.gate.backward(dg, saved.gate)
-        dx = self.group.sum(plus(dx_up, dx_gate), what="SwiGLU.backward")
+        dx = self.group.sum(add_into(dx_up, dx_gate), label="SwiGLU.backward")
         return dx, {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
 

@@ -26,7 +26,7 @@ from npnorm.arrays import Array
 from npnorm.axes import Samples
 from npnorm.blocked import Rows
 from npnorm.checks import check_features, check_float, check_module, check_saved
-from npnorm.group import everywhere
+from npnorm.group import errors_on_all_ranks
 from npnorm.norms import layer_norm, rms_norm
 
 
@@ -100,7 +100,7 @@ class AdaptiveNorm:
         rows = self._rows(condition, dy=dy, x=x)
         norm, axes = self.norm, rows.axes
         centred = isinstance(norm, layer_norm.LayerNorm)
-        with everywhere(axes.group):
+        with errors_on_all_ranks(axes.group):
             if len(statistics) != (3 if centred else 1):
                 raise ValueError(
                     f"AdaptiveNorm: saved has {len(statistics)} statistics, which is not what {type(norm).__name__} "
@@ -118,7 +118,7 @@ class AdaptiveNorm:
     def _rows(self, condition: dict[str, Array], **arrays: Array) -> Rows:
         group, x = self.norm.axes.group, arrays["x"]
         check_features("AdaptiveNorm", {}, 1, group, **arrays)
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             expected = (x.shape[0], x.shape[-1])
             for name, array in zip(("scale", "shift"), condition.values(), strict=True):
                 check_module("AdaptiveNorm", array, {"x": x})

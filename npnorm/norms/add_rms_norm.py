@@ -23,7 +23,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, dtype_name
 from npnorm.checks import check_features, check_saved
-from npnorm.group import everywhere
+from npnorm.group import errors_on_all_ranks
 from npnorm.norms.rms_norm import RMSNorm, Saved, normalize_backward
 
 
@@ -75,7 +75,7 @@ class AddRMSNorm:
     def _check(self, **arrays: Array) -> None:
         axes = self.norm.axes
         check_features("AddRMSNorm", self.params, axes.count, axes.group, **arrays)
-        with everywhere(axes.group):
+        with errors_on_all_ranks(axes.group):
             (name, a), (other, b) = arrays.items()
             if dtype_name(a) != dtype_name(b) and "complex128" not in (dtype_name(a), dtype_name(b)):
                 raise TypeError(

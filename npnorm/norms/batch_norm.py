@@ -40,7 +40,7 @@ from npnorm.arrays import Array, array_module, dtype_name, from_numpy, sqrt, to_
 from npnorm.axes import Batch
 from npnorm.blocked import Rows
 from npnorm.checks import check_channels, check_saved, check_settings, is_count, is_number
-from npnorm.group import SOLO, Group, Solo, everywhere
+from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.norms.statistics import affine, centre, centred, difference, refine
 
 
@@ -132,7 +132,7 @@ class BatchNorm:
         self.axes = Batch("BatchNorm", group)
         self.rows = Rows(self.axes, eps, compute)
         self.eps = float(eps)
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
                 raise ValueError(f"BatchNorm: momentum is {momentum!r}. It must be a number from 0 to 1, or None.")
             if (running_mean is None) != (running_var is None):
@@ -181,7 +181,7 @@ class BatchNorm:
     def inference(self, x: Array, out: Array | None = None) -> tuple[Array, SavedInference]:
         """Return y by the running statistics, and what backward needs; nothing is communicated; y goes to `out`."""
         self._check(x=x)
-        with everywhere(self.axes.group):
+        with errors_on_all_ranks(self.axes.group):
             if self.running_mean is None or self.running_var is None:
                 raise ValueError(
                     "BatchNorm: inference needs running statistics, and none are known. Track a batch first: "

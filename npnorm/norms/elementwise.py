@@ -73,7 +73,7 @@ class Elementwise:
         widened = self.params | {name: self.rows.widened(a) for name, a in self.scalars.items()}
         dx, grads = self.rows.backward(formula, dy, saved.x, widened, (), None, out=out)
         mine = [grads[name] for name in self.scalars]
-        sums = self.axes.group.sum(*mine, what=f"the gradients of {', '.join(self.scalars)} of {self.layer}")
+        sums = self.axes.group.sum(*mine, label=f"the gradients of {', '.join(self.scalars)} of {self.layer}")
         for (name, a), total in zip(self.scalars.items(), sums if len(mine) > 1 else [sums], strict=True):
             grads[name] = round_to(total, a.dtype)
         return dx, {name: grads[name] for name in self.params}

@@ -14,7 +14,7 @@ from typing import Any
 
 from npnorm.arrays import Array, array_module, round_to, widest
 from npnorm.checks import check_float, check_module
-from npnorm.group import everywhere
+from npnorm.group import errors_on_all_ranks
 
 
 def fold_into(params: dict[str, Array], linear: Any, axes: int = 1) -> Any:
@@ -36,7 +36,7 @@ def fold_into(params: dict[str, Array], linear: Any, axes: int = 1) -> Any:
         Computed in float64, and rounded once to the dtype of the weight of `linear`.
     """
     matrix, bias = linear.params["weight"], linear.params.get("bias")
-    with everywhere(linear.group):
+    with errors_on_all_ranks(linear.group):
         check_module("fold_into", matrix, params)
         if axes != 1:
             raise ValueError(
@@ -53,7 +53,7 @@ def fold_into(params: dict[str, Array], linear: Any, axes: int = 1) -> Any:
     w, b = (xp.astype(params[name], wide) if name in params else None for name in ("weight", "bias"))
     product = xp.astype(matrix, wide)
     if b is not None:
-        shift = linear.group.sum(product @ b, what="fold_into")
+        shift = linear.group.sum(product @ b, label="fold_into")
         bias = round_to(shift if bias is None else shift + xp.astype(bias, wide), matrix.dtype)
     if w is not None:
         product = product * w

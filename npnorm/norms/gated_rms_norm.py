@@ -29,7 +29,7 @@ from npnorm.arrays import Array, array_module, exp, sqrt
 from npnorm.axes import Groups
 from npnorm.blocked import Rows
 from npnorm.checks import check_features, check_saved, check_settings, is_count
-from npnorm.group import SOLO, Group, Solo, everywhere
+from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.norms.statistics import affine, refine
 
 
@@ -107,8 +107,8 @@ class GatedRMSNorm:
         self.params = {} if weight is None else {"weight": weight}
         check_settings("GatedRMSNorm", self.params, eps, group, "(features,), one axis")
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
-        with everywhere(group):
-            group.agree(f"GatedRMSNorm with groups={groups}, norm_before_gate={norm_before_gate}")
+        with errors_on_all_ranks(group):
+            group.require_same(f"GatedRMSNorm with groups={groups}, norm_before_gate={norm_before_gate}")
             if not is_count(groups):
                 raise ValueError(f"GatedRMSNorm: groups is {groups!r}. It must be an integer, 1 or more.")
             if groups > 1 and groups % group.size:
@@ -171,7 +171,7 @@ class GatedRMSNorm:
         self._check_groups(arrays["x"].shape[-1])
 
     def _check_groups(self, held: int) -> None:
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             if held * self.group.size % self.groups:
                 raise ValueError(
                     f"GatedRMSNorm: {self.groups} groups cannot share {held * self.group.size} features equally. "

@@ -30,7 +30,7 @@ from npnorm.arrays import Array
 from npnorm.axes import Channels
 from npnorm.blocked import Rows
 from npnorm.checks import check_channels, check_saved, check_settings, is_count
-from npnorm.group import SOLO, Group, Solo, everywhere
+from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.norms.layer_norm import normalize, normalize_backward
 
 
@@ -94,8 +94,8 @@ class GroupNorm:
         self.groups, self.eps, self.group, self.compute = groups, eps, group, compute
         check_settings(self.layer, self.params, eps, group, "(channels,)")
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
-        with everywhere(group):
-            group.agree(f"{self.layer} with {groups} groups")
+        with errors_on_all_ranks(group):
+            group.require_same(f"{self.layer} with {groups} groups")
             if not is_count(groups):
                 raise ValueError(f"{self.layer}: groups is {groups!r}. It must be an integer, 1 or more.")
             if groups % group.size and group.size % groups:
@@ -130,7 +130,7 @@ class GroupNorm:
     def _rows(self, **arrays: Array) -> Rows:
         """Check the arrays; return their rows."""
         check_channels(self.layer, self.params, self.group, **arrays)
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             self._check_groups(arrays["x"].shape[1])
         return self.rows
 

@@ -13,7 +13,7 @@ from npnorm.arrays import Array
 from npnorm.axes import Channels
 from npnorm.blocked import Rows
 from npnorm.checks import check_channels
-from npnorm.group import SOLO, Group, everywhere
+from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.norms.group_norm import GroupNorm
 
 
@@ -69,7 +69,7 @@ class InstanceNorm(GroupNorm):
     def _rows(self, **arrays: Array) -> Rows:
         check_channels(self.layer, self.params, self.group, **arrays)
         x = arrays["x"]
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             if x.ndim < 3 or (x[:1, :1, ...].size == 1 and x.shape[0]):
                 raise ValueError(
                     f"InstanceNorm takes (N, C, ...) with more than one element of space; x has shape {tuple(x.shape)}."

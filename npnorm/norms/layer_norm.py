@@ -31,7 +31,7 @@ from npnorm.arrays import Array, sqrt
 from npnorm.axes import Axes, Features
 from npnorm.blocked import Rows
 from npnorm.checks import check_features, check_saved, check_settings, count_axes
-from npnorm.group import SOLO, Group, Solo, everywhere
+from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.norms.folding import fold_into
 from npnorm.norms.rms_norm import RMSNorm
 from npnorm.norms.statistics import FORMS, affine, centre, centred, refine, times_z
@@ -119,7 +119,7 @@ class LayerNorm:
         self.axes = Features("LayerNorm", group, count_axes("LayerNorm", self.params, axes, group))
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else self.axes.count - 1)
         self.rows = Rows(self.axes, eps, compute)
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             if not isinstance(statistics, str) or statistics not in FORMS:
                 raise ValueError(f"LayerNorm: statistics is {statistics!r}. Choose one of {', '.join(FORMS)}.")
         self.statistics = statistics

@@ -30,7 +30,7 @@ from npnorm.arrays import Array, from_numpy, sqrt
 from npnorm.axes import Features, Subset
 from npnorm.blocked import Rows
 from npnorm.checks import check_features, check_saved, check_settings, is_number
-from npnorm.group import SOLO, Group, Solo, everywhere
+from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.norms.statistics import affine, refine
 
 
@@ -90,8 +90,8 @@ class PartialRMSNorm:
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
         check_settings("PartialRMSNorm", self.params, eps, group, "(features,), one axis")
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
-        with everywhere(group):
-            group.agree(f"PartialRMSNorm with p={p}")
+        with errors_on_all_ranks(group):
+            group.require_same(f"PartialRMSNorm with p={p}")
             if not is_number(p) or not 0 < p <= 1:
                 raise ValueError(
                     f"PartialRMSNorm: p is {p!r}. It must be above 0 and at most 1: k = ceil(n p) must be 1 or more."
@@ -173,14 +173,14 @@ class PartialRMSNorm:
 
     def _subset(self, n: int, k: int, rng: np.random.Generator | None) -> np.ndarray:
         """Return which of this rank's features are in the subset."""
-        with everywhere(self.group):
+        with errors_on_all_ranks(self.group):
             if rng is not None and not isinstance(rng, np.random.Generator):
                 raise TypeError(
                     f"PartialRMSNorm: rng is a {type(rng).__name__}. Pass a generator: numpy.random.default_rng(seed)."
                 )
         chosen = np.arange(k) if rng is None else np.sort(rng.choice(n, k, replace=False))
         if rng is not None:
-            self.group.agree(f"PartialRMSNorm with the subset {chosen.tolist()}")
+            self.group.require_same(f"PartialRMSNorm with the subset {chosen.tolist()}")
         whole = np.zeros(n, bool)
         whole[chosen] = True
         return self.group.shard(whole, 0)

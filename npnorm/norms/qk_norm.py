@@ -21,7 +21,7 @@ from npnorm.arrays import Array, round_to
 from npnorm.axes import Features
 from npnorm.blocked import Rows
 from npnorm.checks import check_features, check_saved, check_settings
-from npnorm.group import SOLO, Group, Solo, everywhere
+from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.norms.rms_norm import Saved as SavedRMSNorm
 from npnorm.norms.rms_norm import normalize, normalize_backward
 from npnorm.norms.weight import Gain
@@ -79,14 +79,14 @@ class QKNorm:
         self.params = {"q_norm": {"weight": q_weight}, "k_norm": {"weight": k_weight}}
         self.axes = Features("QKNorm", group if full_width else SOLO)
         self.group, self.full_width = group, full_width
-        with everywhere(group):
-            group.agree(f"QKNorm with full_width={full_width}")
+        with errors_on_all_ranks(group):
+            group.require_same(f"QKNorm with full_width={full_width}")
         axis = 0 if full_width and not isinstance(group, Solo) else None
         self.shards = {"q_norm": {"weight": axis}, "k_norm": {"weight": axis}}
         for params in self.params.values():
             check_settings("QKNorm", params, eps, group, "(features,), one axis")
         if not full_width:
-            with everywhere(group):
+            with errors_on_all_ranks(group):
                 if q_weight.shape != k_weight.shape:
                     raise ValueError(
                         f"QKNorm: the weight of the queries has shape {tuple(q_weight.shape)}, of the keys "
@@ -114,7 +114,7 @@ class QKNorm:
         dx_q, dw_q = self._backward("q", dq, saved.q)
         dx_k, dw_k = self._backward("k", dk, saved.k)
         if not self.full_width:
-            dw_q, dw_k = self.group.sum(dw_q, dw_k, what="the weight gradients of QKNorm")
+            dw_q, dw_k = self.group.sum(dw_q, dw_k, label="the weight gradients of QKNorm")
         grads = {
             name: {"weight": round_to(dw, self.params[name]["weight"].dtype)}
             for name, dw in (("q_norm", dw_q), ("k_norm", dw_k))

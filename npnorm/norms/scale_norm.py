@@ -27,7 +27,7 @@ from npnorm.arrays import Array, array_module, sqrt
 from npnorm.axes import Axes, Features
 from npnorm.blocked import Rows
 from npnorm.checks import check_features, check_place, check_saved, check_settings, count_axes
-from npnorm.group import SOLO, Group, everywhere
+from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.norms.statistics import affine, refine
 
 
@@ -106,7 +106,7 @@ class ScaleNorm:
         self.params = {} if weight is None else {"weight": weight}
         self.shards: dict[str, int | None] = dict.fromkeys(self.params)  # replicated
         check_settings(self.layer, self.params, eps, group, "() or (1,)")
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             end = 1e18 if compute == "float32" else 1e150
             if eps and not 1 / end <= eps <= end:
                 raise ValueError(

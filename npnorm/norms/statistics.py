@@ -118,7 +118,7 @@ def gathered(axes: Axes, x: Array, eps: Array) -> Centred:
     mine = alone(axes, x)
     n = array_module(x).full_like(abs(mine.mean), float(mine.n))
     parts = axes.group.gather(
-        array_module(x).stack([n, mine.mean, mine.rest, mine.var * mine.n])[None, ...], axis=0, what=axes.layer
+        array_module(x).stack([n, mine.mean, mine.rest, mine.var * mine.n])[None, ...], axis=0, label=axes.layer
     )
     n, mean, rest, squares = merge(parts)
     return Centred(centred(x, mean, rest), mean, rest, squares / n, n)

@@ -15,7 +15,7 @@ from typing import Any
 
 from npnorm.arrays import Array, array_module, dtype_name, round_to
 from npnorm.checks import is_number
-from npnorm.group import Group, everywhere
+from npnorm.group import Group, errors_on_all_ranks
 from npnorm.terms import is_written
 
 CASTS = (None, "llama", "olmo2", "gemma")
@@ -35,14 +35,14 @@ class Gain:
     """
 
     def __init__(self, layer: str, weight: Array | None, offset: float, cast: str | None, group: Group) -> None:
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             if not is_number(offset):
                 raise ValueError(f"{layer}: offset is {offset!r}. It must be a finite number, usually 0 or 1.")
             if offset and weight is None:
                 raise ValueError(f"{layer}: offset is {offset}, and there is no weight to add it to. Leave it out.")
             if cast not in CASTS:
                 raise ValueError(f"{layer}: cast is {cast!r}. Choose None, 'llama', 'olmo2' or 'gemma'.")
-            group.agree(f"{layer} with offset={offset}, cast={cast}")
+            group.require_same(f"{layer} with offset={offset}, cast={cast}")
         self.offset = float(offset)
         self.cast = cast
         self.narrow = weight is not None and dtype_name(weight) not in ("float64", "complex128")

@@ -25,7 +25,7 @@ from npnorm.arrays import Array, array_module, contiguous, round_to, sqrt
 from npnorm.axes import Batch
 from npnorm.blocked import Rows
 from npnorm.checks import check_float, check_module, check_same_shape, check_saved, check_settings
-from npnorm.group import SOLO, Group, everywhere
+from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.norms.scale_norm import normalize, normalize_backward
 
 
@@ -73,7 +73,7 @@ class WeightNorm:
     @classmethod
     def of(cls, weight: Array, *, group: Group = SOLO, compute: str | None = None) -> "WeightNorm":
         """Return the norm with the lengths of the rows of `weight`, so that forward(weight) is weight again."""
-        with everywhere(group):
+        with errors_on_all_ranks(group):
             check_module("WeightNorm", weight, {}, "weight")
             check_float("WeightNorm", "weight", weight)
             if weight.ndim < 2 or 0 in weight.shape:
@@ -107,7 +107,7 @@ class WeightNorm:
 
     def _check(self, **arrays: Array) -> None:
         outputs = self.params["weight_g"].shape[0]
-        with everywhere(self.axes.group):
+        with errors_on_all_ranks(self.axes.group):
             for name, x in arrays.items():
                 check_module("WeightNorm", x, self.params)
                 check_float("WeightNorm", name, x)

@@ -39,7 +39,7 @@ def global_norm(grads: Tree, shards: Tree, group: Group = SOLO) -> float:
             replicated += square
         else:
             sharded += square
-    return math.sqrt(replicated + float(group.sum(np.asarray(sharded), what="global_norm")))
+    return math.sqrt(replicated + float(group.sum(np.asarray(sharded), label="global_norm")))
 
 
 def _square(g: Array) -> float:

@@ -92,7 +92,7 @@ def generate(
     for _ in range(count):
         window = ids[None, -model.config.context :]
         logits, _ = model.forward(_to_device(window, model))
-        last = to_numpy(model.group.gather(logits[:, -1, :], axis=-1, what="generate"))[0, :vocabulary]
+        last = to_numpy(model.group.gather(logits[:, -1, :], axis=-1, label="generate"))[0, :vocabulary]
         x = last.astype(np.float64) / temperature
         p = np.exp(x - x.max())
         ids = np.append(ids, rng.choice(vocabulary, p=p / p.sum()))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from npnorm.arrays import Array, from_numpy, nothing
+from npnorm.arrays import Array, empty_on, from_numpy
 from npnorm.config import Config, init, layout
 from npnorm.group import Group
 from npnorm.training.loop import Recipe, evaluate, generate, train
@@ -78,7 +78,7 @@ def train_on_text(group: Group, make_config: Callable[..., Config], settings: ar
         for step in train(model, learn, recipe, rng):
             bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
             bar.update(each)
-    group.agree(f"the replicated parameters after training, checksum {checksum(_replicated(model)):08x}")
+    group.require_same(f"the replicated parameters after training, checksum {checksum(_replicated(model)):08x}")
 
     loss = evaluate(model, held_out, recipe.rows, recipe.length)
     speak(f"held-out loss {loss:.3f} (unigram entropy {entropy:.3f}; the last tenth of the text)", flush=True)
@@ -93,9 +93,9 @@ def _prepare(
     group: Group, make_config: Callable[..., Config], settings: argparse.Namespace
 ) -> tuple[Characters, np.ndarray, np.ndarray, Transformer]:
     """Return the vocabulary, the ids to learn and those held out, and the model with its first parameters."""
-    like = nothing(settings.device)
+    like = empty_on(settings.device)
     text = language_reference() if settings.text is None else read(settings.text)
-    group.agree(f"a text of {len(text)} characters, checksum {zlib.crc32(text.encode()):08x}")
+    group.require_same(f"a text of {len(text)} characters, checksum {zlib.crc32(text.encode()):08x}")
     characters = Characters(text)
     learn, held_out = split(characters.encode(text), settings.context)
     multiple = math.lcm(PADDING, group.size)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from npnorm.layers import GELU, SiLU
-from npnorm.layers.inplace import BLOCK, elementwise, exp, in_blocks, plus, sum_at, tanh
+from npnorm.layers.inplace import BLOCK, add_into, elementwise, exp, in_blocks, sum_at, tanh
 from npnorm.threads import set_threads
 from tests.check import close, same_bits
 
@@ -69,9 +69,9 @@ def test_a_function_is_written_over_its_argument(f):
 
 def test_a_sum_is_written_over_the_first_where_it_fits():
     a, b = np.ones(3, "float32"), np.arange(3, dtype="float32")
-    assert plus(a, b) is a
+    assert add_into(a, b) is a
     np.testing.assert_array_equal(a, [1, 2, 3])
-    total = plus(a, 1j * b.astype("complex128"))
+    total = add_into(a, 1j * b.astype("complex128"))
     np.testing.assert_array_equal(total, [1, 2 + 1j, 3 + 2j])
     np.testing.assert_array_equal(a, [1, 2, 3])
 

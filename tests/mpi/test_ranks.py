@@ -133,9 +133,9 @@ def test_ranks_that_disagree_raise_the_same_error_before_anything_is_sent(comm, 
         if last and wrong == "operation":
             group.max(np.ones(3))
         elif last and wrong == "problem":
-            raise group.error(ValueError("bad input"))
+            raise group.shared_error(ValueError("bad input"))
         elif last and wrong == "end":
-            group.agree("the end of the program")
+            group.require_same("the end of the program")
         else:
             odd = {"shape": np.ones(4), "dtype": np.ones(3, np.float32)}
             group.sum(odd.get(wrong, np.ones(3)) if last else np.ones(3))
@@ -151,7 +151,7 @@ def test_ranks_that_disagree_raise_the_same_error_before_anything_is_sent(comm, 
 @pytest.mark.mpi(ranks=(1, 3))
 def test_an_error_that_every_rank_has_is_that_error(comm):
     with pytest.raises(TypeError, match="everywhere"):
-        raise Ranks(comm).error(TypeError("everywhere"))
+        raise Ranks(comm).shared_error(TypeError("everywhere"))
 
 
 @pytest.mark.mpi(ranks=2, counted=True)
