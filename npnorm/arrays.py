@@ -34,9 +34,21 @@ def array_module(x: Array) -> Any:
     if hasattr(x, "__array_namespace__"):
         return x.__array_namespace__()
     raise TypeError(
-        f"npnorm works on arrays of NumPy, CuPy or the array API standard; a {type(x).__name__} came. "
+        f"npnorm works on arrays of NumPy, CuPy or the array API standard; got {with_article(x)}. "
         "Turn it into an array first, for example by numpy.asarray."
     )
+
+
+def with_article(value: Any) -> str:
+    """Return the name of the type of `value` with its article, for a message.
+
+    Examples
+    --------
+    >>> with_article(3), with_article([3])
+    ('an int', 'a list')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
 def is_cuda(xp: Any) -> bool:

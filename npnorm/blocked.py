@@ -179,8 +179,8 @@ class Rows:
         with errors_on_all_ranks(self.group):
             if array_module(out) is not array_module(x) or tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
                 raise ValueError(
-                    f"{layer}: out must be an array like x, {tuple(x.shape)} {dtype_name(x)}; {tuple(out.shape)} "
-                    f"{dtype_name(out)} came. Make it by numpy.empty_like(x)."
+                    f"{layer}: out must be an array like x, {tuple(x.shape)} {dtype_name(x)}; got {tuple(out.shape)} "
+                    f"{dtype_name(out)}. Make it by numpy.empty_like(x)."
                 )
             plain = isinstance(out, np.ndarray) or is_cuda(array_module(out))
             flags = ("c_contiguous", "writeable", "aligned")  # a GPU's arrays have the first only

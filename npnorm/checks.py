@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, describe, dtype_name, to_numpy
+from npnorm.arrays import Array, array_module, describe, dtype_name, to_numpy, with_article
 from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.tree import Tree, leaves
 
@@ -88,7 +88,7 @@ def check_settings(layer: str, params: dict[str, Array], eps: float, group: Grou
         for name, array in params.items():
             if not hasattr(array, "shape"):
                 raise TypeError(
-                    f"{layer}: {name} must be an array of shape {shape}; a {type(array).__name__} came. "
+                    f"{layer}: {name} must be an array of shape {shape}; got {with_article(array)}. "
                     f"Turn it into an array first, for example by numpy.asarray."
                 )
         group.require_same(f"{layer} with eps={eps} and " + ", ".join(f"{n} {describe(a)}" for n, a in params.items()))
@@ -99,8 +99,8 @@ def check_settings(layer: str, params: dict[str, Array], eps: float, group: Grou
             check_module(layer, array, params, name)
         shapes = {tuple(array.shape) for array in params.values()}
         if len(shapes) > 1 or any(0 in s or not SHAPES[shape](s) for s in shapes):
-            came = ", ".join(f"{name} {tuple(array.shape)}" for name, array in params.items())
-            raise ValueError(f"{layer}: each parameter must have shape {shape}, the same for all; there came {came}.")
+            described = ", ".join(f"{name} {tuple(array.shape)}" for name, array in params.items())
+            raise ValueError(f"{layer}: each parameter must have shape {shape}, the same for all; got {described}.")
 
 
 def count_axes(layer: str, params: dict[str, Array], axes: int | None, group: Group) -> int:
@@ -128,8 +128,8 @@ def check_features(layer: str, params: dict[str, Array], axes: int, group: Group
         for name, x in arrays.items():
             check_module(layer, x, params, name)
             check_float(layer, name, x)
-            came = tuple(x.shape[max(x.ndim - axes, 0) :])
-            if x.ndim < axes or 0 in came or (expected and came != expected):
+            width = tuple(x.shape[max(x.ndim - axes, 0) :])
+            if x.ndim < axes or 0 in width or (expected and width != expected):
                 if expected is None:
                     held, last = "needs at least one feature", "must not be empty"
                 elif len(expected) == 1:
@@ -164,13 +164,13 @@ def check_same_shape(layer: str, arrays: dict[str, Array]) -> None:
     for name in others:
         check_module(layer, arrays[reference], {name: arrays[name]}, reference)
         if tuple(arrays[name].shape) != tuple(arrays[reference].shape):
-            came = f"{layer}: {name} has shape {tuple(arrays[name].shape)}, and"
+            said = f"{layer}: {name} has shape {tuple(arrays[name].shape)}, and"
             if name == "dy":
                 raise ValueError(
-                    f"{came} the {reference} that was saved {tuple(arrays[reference].shape)}. "
-                    "Hand backward the gradient of the y that came with this saved."
+                    f"{said} the {reference} that was saved {tuple(arrays[reference].shape)}. "
+                    "Hand backward the gradient of the y that belongs to this saved."
                 )
-            raise ValueError(f"{came} {reference} {tuple(arrays[reference].shape)}. Both must have the same shape.")
+            raise ValueError(f"{said} {reference} {tuple(arrays[reference].shape)}. Both must have the same shape.")
 
 
 def check_saved(layer: str, saved: Any, kind: type, group: Group = SOLO) -> None:
@@ -178,8 +178,8 @@ def check_saved(layer: str, saved: Any, kind: type, group: Group = SOLO) -> None
     if isinstance(saved, kind):
         return
     with errors_on_all_ranks(group):
-        came = f"{type(saved).__module__}.{type(saved).__qualname__}"
-        raise TypeError(f"{layer}.backward takes what {layer}.forward saved; a {came} came.")
+        kind_of_saved = f"{type(saved).__module__}.{type(saved).__qualname__}"
+        raise TypeError(f"{layer}.backward takes what {layer}.forward saved; got {kind_of_saved}.")
 
 
 def check_input(layer: str, x: Array, params: Tree, width: int) -> None:
@@ -226,11 +226,11 @@ def check_ids(layer: str, ids: Array, below: int, group: Group) -> None:
     """Raise one clear error unless `ids` are integers from 0 to below - 1, the same on every rank."""
     array_module(ids)  # raises, if ids are not an array
     if not dtype_name(ids).startswith(("int", "uint")):
-        raise TypeError(f"{layer} takes integers from 0 to {below - 1}; {dtype_name(ids)} came.")
+        raise TypeError(f"{layer} takes integers from 0 to {below - 1}; got {dtype_name(ids)}.")
     values = to_numpy(ids)
     if values.size and not (values.min() >= 0 and values.max() < below):
         raise ValueError(
-            f"{layer} takes integers from 0 to {below - 1}; they came from {values.min()} to {values.max()}. "
+            f"{layer} takes integers from 0 to {below - 1}; got {values.min()} to {values.max()}. "
             "Was the text encoded with another vocabulary?"
         )
     if group.size > 1:  # replicated: other ids on one rank would give a wrong result, and no error

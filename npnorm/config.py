@@ -1,6 +1,6 @@
 """The settings of a transformer, and the parameters that they ask for.
 
-`Config.original` and `Config.modern` are two settings of the one text in `npnorm.transformer`. `layout` lists the
+`Config.original` and `Config.modern` are two settings of the one code in `npnorm.transformer`. `layout` lists the
 parameters of a configuration, `init` draws them.
 """
 

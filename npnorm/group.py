@@ -35,7 +35,7 @@ class Group(Protocol):
         """Return a copy of this rank's part of the replicated `x` along `axis` (None: of all of it)."""
 
     def require_same(self, label: str) -> None:
-        """Raise the same error on every rank unless all ranks came here with the same text."""
+        """Raise the same error on every rank unless all ranks call it with the same text."""
 
     def shared_error(self, problem: Exception) -> Exception:
         """Return `problem`, to be raised, once every rank has it; raise on every rank if only some have it."""

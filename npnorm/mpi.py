@@ -109,7 +109,7 @@ class Ranks:
         return xp.astype(x[tuple(index)], x.dtype)
 
     def require_same(self, label: str) -> None:
-        """Raise the same `RankError` on every rank unless all ranks came here with the same text."""
+        """Raise the same `RankError` on every rank unless all ranks call it with the same text."""
         digest = zlib.crc32(label.encode())
         mine = np.array([digest, -digest], np.int64)
         largest = np.empty_like(mine)

@@ -1,6 +1,6 @@
 """The autograd-free transformer: embedding, blocks, final norm, head.
 
-One text, many settings. `Config.original` is the transformer with layer normalization after each residual connection,
+One code, many settings. `Config.original` is the transformer with layer normalization after each residual connection,
 GELU and learned positions; `Config.modern` has root mean square normalization before each sub-layer, a gated MLP and
 rotary positions. With either, `kv_heads=` lets queries share keys and values.
 
@@ -101,7 +101,7 @@ class Transformer:
             if ids.ndim != 2 or not 0 < ids.shape[1] <= self.config.context:
                 raise ValueError(
                     f"Transformer takes ids of shape (batch, length) with 1 to {self.config.context} positions; "
-                    f"{tuple(ids.shape)} came. Use a larger context or a shorter input."
+                    f"got {tuple(ids.shape)}. Use a larger context or a shorter input."
                 )
         x, embedding = self.embedding.forward(ids)
         x, stack = self.stack.forward(x)
@@ -123,11 +123,11 @@ class Transformer:
 def _check_params(config: Config, params: Tree) -> None:
     """Raise unless the tree has the names and shapes of `layout`."""
     expected = {name: leaf.shape for name, leaf in leaves(layout(config))}
-    came = {name: tuple(array.shape) for name, array in leaves(params)}
-    if came != expected:
+    actual = {name: tuple(array.shape) for name, array in leaves(params)}
+    if actual != expected:
         wrong = [
-            f"{name}: expected {expected.get(name, 'nothing')}, came {came.get(name, 'nothing')}"
-            for name in [*expected, *(set(came) - set(expected))]
-            if expected.get(name) != came.get(name)
+            f"{name}: expected {expected.get(name, 'nothing')}, got {actual.get(name, 'nothing')}"
+            for name in [*expected, *(set(actual) - set(expected))]
+            if expected.get(name) != actual.get(name)
         ]
         raise ValueError("Transformer: the parameters do not fit the configuration.\n  " + "\n  ".join(wrong))

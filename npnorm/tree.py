@@ -87,8 +87,8 @@ def take_shards(layer: str, params: Tree, axes: Tree, group: Group) -> tuple[Tre
 
 def check_names(layer: str, params: Tree, axes: Tree) -> None:
     """Raise one clear error unless `params` has the arrays of `axes`; a "bias" may be left out."""
-    known, came = [name for name, _ in leaves(axes)], [name for name, _ in leaves(params)]
-    missing = [name for name in known if name not in came and not name.endswith("bias")]
-    strange = [name for name in came if name not in known]
+    known, given = [name for name, _ in leaves(axes)], [name for name, _ in leaves(params)]
+    missing = [name for name in known if name not in given and not name.endswith("bias")]
+    strange = [name for name in given if name not in known]
     if missing or strange:
         raise ValueError(f"{layer} takes {', '.join(known)}; missing: {missing}, unknown: {strange}.")

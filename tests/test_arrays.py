@@ -37,10 +37,10 @@ def test_a_cupy_array_is_known_once_cupy_is_loaded(cupy):
     assert arrays.array_module(FakeCuPyArray(np.arange(3))) is cupy
 
 
-@pytest.mark.parametrize("came", [[1.0, 2.0], 3.0, None])
-def test_what_is_not_an_array_is_refused(came):
-    with pytest.raises(TypeError, match=rf"works on arrays of NumPy.*a {type(came).__name__} came.*numpy\.asarray"):
-        arrays.array_module(came)
+@pytest.mark.parametrize("value", [[1.0, 2.0], 3.0, None])
+def test_what_is_not_an_array_is_refused(value):
+    with pytest.raises(TypeError, match=rf"works on arrays of NumPy.*got a {type(value).__name__}\. .*numpy\.asarray"):
+        arrays.array_module(value)
 
 
 def test_numpy_arrays_travel_without_a_copy():

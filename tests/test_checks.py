@@ -32,13 +32,13 @@ def test_ids_of_any_integer_dtype_pass(dtype):
 
 @pytest.mark.parametrize(("ids", "came"), [([0, 5], "0 to 5"), ([-1, 3], "-1 to 3")])
 def test_ids_outside_the_vocabulary_are_refused(ids, came):
-    with pytest.raises(ValueError, match=rf"integers from 0 to 4; they came from {came}\. Was the text encoded"):
+    with pytest.raises(ValueError, match=rf"integers from 0 to 4; got {came}\. Was the text encoded"):
         check_ids("Embedding", np.array(ids), 5, SOLO)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bool"])
 def test_ids_that_are_not_integers_are_refused(dtype):
-    with pytest.raises(TypeError, match=rf"Embedding takes integers from 0 to 4; {dtype} came"):
+    with pytest.raises(TypeError, match=rf"Embedding takes integers from 0 to 4; got {dtype}"):
         check_ids("Embedding", np.zeros(3, dtype), 5, SOLO)
 
 

@@ -203,7 +203,7 @@ def test_missing_parameters_are_named(path):
     config = CONFIGS["modern"]
     params = init(config, np.random.default_rng(17))
     del params[path]
-    with pytest.raises(ValueError, match=rf"do not fit the configuration\.\n  {path}.*: expected \(.*\), came nothing"):
+    with pytest.raises(ValueError, match=rf"do not fit the configuration\.\n  {path}.*: expected \(.*\), got nothing"):
         Transformer(config, params)
 
 
@@ -215,8 +215,8 @@ def test_misshapen_and_needless_parameters_are_named():
     with pytest.raises(ValueError, match="do not fit") as caught:
         Transformer(config, params)
     assert str(caught.value).splitlines()[1:] == [
-        "  blocks.1.mlp.norm.weight: expected (24,), came (25,)",
-        "  head.bias: expected nothing, came (12,)",
+        "  blocks.1.mlp.norm.weight: expected (24,), got (25,)",
+        "  head.bias: expected nothing, got (12,)",
     ]
 
 
@@ -224,7 +224,7 @@ def test_misshapen_and_needless_parameters_are_named():
 def test_ids_of_a_wrong_shape_are_refused(shape):
     config = CONFIGS["modern"]
     model = Transformer(config, init(config, np.random.default_rng(19)))
-    message = f"Transformer takes ids of shape (batch, length) with 1 to 7 positions; {shape} came."
+    message = f"Transformer takes ids of shape (batch, length) with 1 to 7 positions; got {shape}."
     with pytest.raises(ValueError, match=re.escape(message)):
         model.forward(np.zeros(shape, int))
 
@@ -232,7 +232,7 @@ def test_ids_of_a_wrong_shape_are_refused(shape):
 def test_ids_outside_the_vocabulary_are_refused():
     config = CONFIGS["modern"]
     model = Transformer(config, init(config, np.random.default_rng(20)))
-    with pytest.raises(ValueError, match="integers from 0 to 11; they came from 0 to 12"):
+    with pytest.raises(ValueError, match="integers from 0 to 11; got 0 to 12"):
         model.forward(np.array([[0, 12]]))
 
 

@@ -112,7 +112,7 @@ class Attention:
         with errors_on_all_ranks(self.group):
             check_input("Attention", x, self.params, self.qkv.params["weight"].shape[1])
             if x.ndim != 3:
-                raise ValueError(f"Attention takes x of shape (batch, length, width); {tuple(x.shape)} came.")
+                raise ValueError(f"Attention takes x of shape (batch, length, width); got {tuple(x.shape)}.")
         xp = array_module(x)
         qkv, save_qkv = self.qkv.forward(x)
         q, k, v = self._parts(qkv)
@@ -205,9 +205,7 @@ def _stack(params: Tree) -> dict[str, Array]:
     """Return the parameters of one linear layer whose outputs are q, k and v: one product is faster than three."""
     weights = [params[name]["weight"] for name in QKV]
     if len({dtype_name(w) for w in weights} - {"complex128"}) > 1:
-        raise TypeError(
-            f"Attention: q_proj, k_proj and v_proj must have one dtype; there came {[*map(describe, weights)]}."
-        )
+        raise TypeError(f"Attention: q_proj, k_proj and v_proj must have one dtype; got {[*map(describe, weights)]}.")
     xp = array_module(weights[0])
     stacked = {"weight": xp.concat(weights, axis=0)}
     if any("bias" in params[name] for name in QKV):
@@ -239,5 +237,5 @@ def _check_heads(shapes: dict[str, tuple[int, ...]], heads: int, kv_heads: int) 
     if heads % kv_heads or shapes != expected:
         raise ValueError(
             f"Attention with {heads} heads and {kv_heads} heads of keys and values needs weights of shapes {expected}; "
-            f"there came {shapes}. The heads must divide the rows of q_proj, and kv_heads must divide heads."
+            f"got {shapes}. The heads must divide the rows of q_proj, and kv_heads must divide heads."
         )

@@ -61,7 +61,7 @@ class CrossEntropy:
             if tuple(targets.shape) != tuple(logits.shape[:-1]) or targets.size == 0:
                 raise ValueError(
                     f"CrossEntropy: logits {tuple(logits.shape)} need targets of shape {tuple(logits.shape[:-1])}, at "
-                    f"least one; {tuple(targets.shape)} came."
+                    f"least one; got {tuple(targets.shape)}."
                 )
             check_ids("CrossEntropy", targets, held * self.group.size, self.group)
         target = xp.astype(targets, xp.int64)[..., None] - self.group.rank * held

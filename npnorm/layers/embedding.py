@@ -50,7 +50,7 @@ class Embedding:
             array_module(weight)  # raises, if it is not an array
             group.require_same(f"Embedding with weight {describe(weight)}")
             if weight.ndim != 2:
-                raise ValueError(f"Embedding: weight must have shape (vocabulary, width); {tuple(weight.shape)} came.")
+                raise ValueError(f"Embedding: weight must have shape (vocabulary, width); got {tuple(weight.shape)}.")
 
     def forward(self, ids: Array) -> tuple[Array, Saved]:
         """Return x of shape (..., width) for integers of shape (...)."""

@@ -64,12 +64,10 @@ class Linear:
         self.group = group
         with errors_on_all_ranks(group):
             check_module("Linear", weight, self.params)
-            came = ", ".join(f"{name} {describe(array)}" for name, array in self.params.items())
-            group.require_same(f"Linear with {came}")
+            described = ", ".join(f"{name} {describe(array)}" for name, array in self.params.items())
+            group.require_same(f"Linear with {described}")
             if weight.ndim != 2 or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
-                raise ValueError(
-                    f"Linear: weight must have shape (outputs, inputs), bias (outputs,); there came {came}."
-                )
+                raise ValueError(f"Linear: weight must have shape (outputs, inputs), bias (outputs,); got {described}.")
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of shape (..., outputs) for x of shape (..., inputs)."""

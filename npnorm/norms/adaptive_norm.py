@@ -22,7 +22,7 @@ communicates.
 
 from typing import Any, NamedTuple
 
-from npnorm.arrays import Array
+from npnorm.arrays import Array, with_article
 from npnorm.axes import Samples
 from npnorm.blocked import Rows
 from npnorm.checks import check_features, check_float, check_module, check_saved
@@ -63,7 +63,7 @@ class AdaptiveNorm:
 
     def __init__(self, norm: layer_norm.LayerNorm | rms_norm.RMSNorm) -> None:
         if not isinstance(norm, (layer_norm.LayerNorm, rms_norm.RMSNorm)):
-            raise TypeError(f"AdaptiveNorm takes a LayerNorm or RMSNorm; a {type(norm).__name__} came.")
+            raise TypeError(f"AdaptiveNorm takes a LayerNorm or RMSNorm; got {with_article(norm)}.")
         if norm.params or norm.axes.count != 1:
             raise ValueError(
                 f"AdaptiveNorm takes a norm without weight and bias, over one axis; this one has {list(norm.params)} "

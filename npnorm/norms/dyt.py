@@ -17,7 +17,7 @@ Backward, given dy:
     db     = sum over rows of dy
 
 It is not a norm: no element sees another. So nothing is communicated when the features are split over the ranks of a
-group, but one number backward, since alpha is the same on every rank and its gradient complete. The text is shared with
+group, but one number backward, since alpha is the same on every rank and its gradient complete. The code is shared with
 `npnorm.norms.derf`, see `npnorm.norms.elementwise`.
 """
 

@@ -194,7 +194,7 @@ def test_parameters_are_copies():
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 5, 7)])
 def test_an_input_without_batch_and_length_is_refused(shape):
     layer = Attention(draw(np.random.default_rng(13), 7, 2, 1, 4), 2, 1)
-    with pytest.raises(ValueError, match=r"Attention takes x of shape \(batch, length, width\); \(.*5, 7\) came"):
+    with pytest.raises(ValueError, match=r"Attention takes x of shape \(batch, length, width\); got \(.*5, 7\)"):
         layer.forward(np.ones(shape))
 
 
@@ -218,7 +218,7 @@ def test_a_missing_or_misshapen_projection_is_refused(name):
     params = draw(np.random.default_rng(16), 7, 6, 2, 4)
     with pytest.raises(ValueError, match=rf"missing: \['{name}\.weight'\]"):
         Attention({key: p for key, p in params.items() if key != name}, 6, 2)
-    with pytest.raises(ValueError, match=r"needs weights of shapes .*; there came"):
+    with pytest.raises(ValueError, match=r"needs weights of shapes .*; got"):
         Attention({**params, name: {"weight": np.ones((3, 7))}}, 6, 2)
 
 

@@ -101,19 +101,19 @@ def test_the_gradient_keeps_the_dtype_of_the_logits():
 
 @pytest.mark.parametrize("shape", [(2,), (3, 4), (3, 1), ()])
 def test_targets_of_another_shape_are_refused(shape):
-    message = f"CrossEntropy: logits (3, 4) need targets of shape (3,), at least one; {shape} came."
+    message = f"CrossEntropy: logits (3, 4) need targets of shape (3,), at least one; got {shape}."
     with pytest.raises(ValueError, match=re.escape(message)):
         CrossEntropy().forward(np.ones((3, 4)), np.zeros(shape, int))
 
 
 @pytest.mark.parametrize(("targets", "came"), [([0, 1, 4], "0 to 4"), ([-1, 0, 1], "-1 to 1")])
 def test_targets_outside_the_vocabulary_are_refused(targets, came):
-    with pytest.raises(ValueError, match=f"CrossEntropy takes integers from 0 to 3; they came from {came}"):
+    with pytest.raises(ValueError, match=f"CrossEntropy takes integers from 0 to 3; got {came}"):
         CrossEntropy().forward(np.ones((3, 4)), np.array(targets))
 
 
 def test_targets_that_are_not_integers_are_refused():
-    with pytest.raises(TypeError, match="CrossEntropy takes integers from 0 to 3; float64 came"):
+    with pytest.raises(TypeError, match="CrossEntropy takes integers from 0 to 3; got float64"):
         CrossEntropy().forward(np.ones((3, 4)), np.zeros(3))
 
 
@@ -123,9 +123,9 @@ def test_logits_that_are_not_floats_are_refused():
 
 
 def test_lists_are_refused():
-    with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"got a list.*numpy\.asarray"):
         CrossEntropy().forward([[1.0, 2.0]], np.array([0]))
-    with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"got a list.*numpy\.asarray"):
         CrossEntropy().forward(np.array([[1.0, 2.0]]), [0])
 
 

@@ -66,23 +66,23 @@ def test_float32_stays_float32():
 
 @pytest.mark.parametrize(("ids", "came"), [([0, 5], "0 to 5"), ([-1, 2], "-1 to 2")])
 def test_ids_outside_the_table_are_refused(ids, came):
-    with pytest.raises(ValueError, match=f"Embedding takes integers from 0 to 4; they came from {came}"):
+    with pytest.raises(ValueError, match=f"Embedding takes integers from 0 to 4; got {came}"):
         Embedding(np.ones((5, 2))).forward(np.array(ids))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bool"])
 def test_ids_that_are_not_integers_are_refused(dtype):
-    with pytest.raises(TypeError, match=f"Embedding takes integers from 0 to 4; {dtype} came"):
+    with pytest.raises(TypeError, match=f"Embedding takes integers from 0 to 4; got {dtype}"):
         Embedding(np.ones((5, 2))).forward(np.ones(3, dtype))
 
 
 def test_lists_are_refused():
-    with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"got a list.*numpy\.asarray"):
         Embedding(np.ones((5, 2))).forward([1, 2])
 
 
 def test_a_table_that_is_not_a_matrix_is_refused():
-    with pytest.raises(ValueError, match=r"Embedding: weight must have shape \(vocabulary, width\); \(5,\) came"):
+    with pytest.raises(ValueError, match=r"Embedding: weight must have shape \(vocabulary, width\); got \(5,\)"):
         Embedding(np.ones(5))
 
 

@@ -99,7 +99,7 @@ def test_parameters_are_held_as_they_came():
     ],
 )
 def test_parameters_of_a_wrong_shape_are_refused(weight, bias, came):
-    message = f"Linear: weight must have shape (outputs, inputs), bias (outputs,); there came {came}."
+    message = f"Linear: weight must have shape (outputs, inputs), bias (outputs,); got {came}."
     with pytest.raises(ValueError, match=re.escape(message)):
         Linear(weight, bias)
 
@@ -124,9 +124,9 @@ def test_a_gradient_of_another_width_is_refused():
 
 
 def test_lists_are_refused():
-    with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"got a list.*numpy\.asarray"):
         Linear([[1.0, 2.0]])
-    with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"got a list.*numpy\.asarray"):
         Linear(np.ones((1, 2))).forward([1.0, 2.0])
 
 

@@ -18,5 +18,5 @@ LAYERS = [
 @pytest.mark.parametrize("saved", [None, (1, 2), Linear(**W).forward(np.ones((1, 2)))])
 def test_what_the_layer_did_not_save_is_refused(layer, saved):
     name = type(layer).__name__
-    with pytest.raises(TypeError, match=rf"{name}\.backward takes what {name}\.forward saved; a .* came"):
+    with pytest.raises(TypeError, match=rf"{name}\.backward takes what {name}\.forward saved; got "):
         layer.backward(np.ones((1, 1, 2)), saved)

@@ -148,7 +148,7 @@ def test_a_norm_over_two_axes_is_refused(kind):
 
 
 def test_another_norm_is_refused():
-    with pytest.raises(TypeError, match=r"AdaptiveNorm takes a LayerNorm or RMSNorm; a GroupNorm came\."):
+    with pytest.raises(TypeError, match=r"AdaptiveNorm takes a LayerNorm or RMSNorm; got a GroupNorm\."):
         AdaptiveNorm(GroupNorm(1))
 
 

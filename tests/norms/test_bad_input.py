@@ -211,14 +211,14 @@ def dtypes():
                 kind = type(bad).__name__
                 if argument in norm.params and not hasattr(bad, "shape"):
                     message = exact(
-                        f"{layer}: {said} must be an array of shape {SHAPES.get(argument, norm.shape)}; a {kind} came."
+                        f"{layer}: {said} must be an array of shape {SHAPES.get(argument, norm.shape)}; got a {kind}."
                         " Turn it into an array first, for example by numpy.asarray."
                     )
                 else:
-                    message = rf"; a {kind} came\. Turn it into an array first, for example by numpy\.asarray\.$"
+                    message = rf"; got a {kind}\. Turn it into an array first, for example by numpy\.asarray\.$"
                 yield row(name, f"{argument} is a {kind}", TypeError, message, **{argument: bad})
             if argument in norm.inputs:
-                message = r"; a NoneType came\. Turn it into an array first, for example by numpy\.asarray\.$"
+                message = r"; got a NoneType\. Turn it into an array first, for example by numpy\.asarray\.$"
                 yield row(name, f"{argument} is None", TypeError, message, **{argument: None})
 
 
@@ -250,11 +250,11 @@ def places():
 
 def shapes():
     """Return rows for shapes, each with its message."""
-    one_axis = "each parameter must have shape (features,), one axis, the same for all; there came"
-    channels = "each parameter must have shape (channels,), the same for all; there came"
-    another = "Hand backward the gradient of the y that came with this saved."
+    one_axis = "each parameter must have shape (features,), one axis, the same for all; got"
+    channels = "each parameter must have shape (channels,), the same for all; got"
+    another = "Hand backward the gradient of the y that belongs to this saved."
     for name in ("LayerNorm", "RMSNorm", "DyT", "Derf"):
-        features = f"{name}: each parameter must have shape (features,), the same for all; there came"
+        features = f"{name}: each parameter must have shape (features,), the same for all; got"
         yield name, "weight of 5 and bias of 6", {"weight": (5,)}, f"{features} weight (5,), bias (6,)."
         yield name, "weight (1, 6) and bias (6,)", {"weight": (1, 6)}, f"{features} weight (1, 6), bias (6,)."
         yield name, "weight of no axis", {"weight": (), "bias": ()}, f"{features} weight (), bias ()."
@@ -293,7 +293,7 @@ def shapes():
     said = "GatedRMSNorm: gate has shape (1, 6), and x (4, 6). Both must have the same shape."
     yield "GatedRMSNorm", "gate of another shape", {"gate": (1, 6)}, said
     for n in ((5,), (1, 6), ()):
-        said = f"RMSNorm: each parameter must have shape (features,), the same for all; there came weight {n}, bias"
+        said = f"RMSNorm: each parameter must have shape (features,), the same for all; got weight {n}, bias"
         yield "AddRMSNorm", f"weight {n}", {"weight": n}, f"{said} (6,)."
     said = "AddRMSNorm holds 6 features; x has shape (4, 5). The last axis must be 6."
     yield "AddRMSNorm", "x of shape (4, 5)", {"x": (4, 5)}, said
@@ -367,18 +367,14 @@ def shapes():
         said = "BatchNorm: running_mean and running_var come together, or not at all."
         yield "BatchNorm", f"{n} alone", {n: (6,)}, said
     for shape in ((2,), (6,), (1, 1)):
-        said = f"ScaleNorm: each parameter must have shape () or (1,), the same for all; there came weight {shape}."
+        said = f"ScaleNorm: each parameter must have shape () or (1,), the same for all; got weight {shape}."
         yield "ScaleNorm", f"weight {shape}", {"weight": shape}, said
     for name, argument in (("DyT", "alpha"), ("Derf", "alpha"), ("Derf", "shift")):
         for shape in ((6,), (1, 1), (0,)):
-            said = (
-                f"{name}: each parameter must have shape () or (1,), the same for all; there came {argument} {shape}."
-            )
+            said = f"{name}: each parameter must have shape () or (1,), the same for all; got {argument} {shape}."
             yield name, f"{argument} {shape}", {argument: shape}, said
     for shape in ((), (4, 6), (2, 2), (0,)):
-        said = (
-            "WeightNorm: each parameter must have shape (outputs,) or (outputs, 1, ...), the same for all; there came"
-        )
+        said = "WeightNorm: each parameter must have shape (outputs,) or (outputs, 1, ...), the same for all; got"
         yield "WeightNorm", f"weight_g {shape}", {"weight_g": shape}, f"{said} weight_g {shape}."
     takes = "It takes (outputs, inputs, ...), with"
     for n in (1, 3):
@@ -408,11 +404,11 @@ def strangers():
         other = norms.PartialRMSNorm if name != "PartialRMSNorm" else norms.LayerNorm
         _, theirs = other().forward(np.ones((4, 6)))
         for saved, kind in ((theirs, f"{type(theirs).__module__}.Saved"), ((1, 2), "builtins.tuple")):
-            message = f"{layer}.backward takes what {layer}.forward saved; a {kind} came."
+            message = f"{layer}.backward takes what {layer}.forward saved; got {kind}."
             yield row(name, f"{kind} for saved", TypeError, exact(message), saved=saved)
     x = np.ones((4, 6))
-    for bad in (3, norms.GroupNorm(2)):
-        message = f"AdaptiveNorm takes a LayerNorm or RMSNorm; a {type(bad).__name__} came."
+    for bad, got in ((3, "an int"), (norms.GroupNorm(2), "a GroupNorm")):
+        message = f"AdaptiveNorm takes a LayerNorm or RMSNorm; got {got}."
         yield Row(
             f"AdaptiveNorm: of a {type(bad).__name__}",
             lambda bad=bad: norms.AdaptiveNorm(bad),
@@ -458,7 +454,7 @@ def strangers():
     still = norms.BatchNorm(eps=0, running_mean=np.zeros(6), running_var=np.zeros(6))
     yield Row("BatchNorm: inference with a variance of 0", lambda: still.inference(x), ValueError, message)
     _, theirs = norms.LayerNorm().forward(x)
-    message = exact("BatchNorm.backward takes what BatchNorm.forward saved; a npnorm.norms.layer_norm.Saved came.")
+    message = exact("BatchNorm.backward takes what BatchNorm.forward saved; got npnorm.norms.layer_norm.Saved.")
     yield Row("BatchNorm: track of another norm", lambda: norms.BatchNorm().track(theirs), TypeError, message)
 
 
@@ -514,11 +510,11 @@ def outs():
         fixed.flags.writeable = False
         wider = (*shape[:-1], shape[-1] + 1)
         for what, out, said in (
-            ("of another shape", np.empty(wider), f"{like_x} {wider} float64 came. {fresh}"),
-            ("with an axis more", np.empty((1, *shape)), f"{like_x} {(1, *shape)} float64 came. {fresh}"),
-            ("of another dtype", np.empty(shape, "float32"), f"{like_x} {shape} float32 came. {fresh}"),
-            ("big-endian", np.empty(shape, ">f8"), f"{like_x} {shape} float64 came. {fresh}"),
-            ("of another library", strict.empty(shape), f"{like_x} {shape} float64 came. {fresh}"),
+            ("of another shape", np.empty(wider), f"{like_x} got {wider} float64. {fresh}"),
+            ("with an axis more", np.empty((1, *shape)), f"{like_x} got {(1, *shape)} float64. {fresh}"),
+            ("of another dtype", np.empty(shape, "float32"), f"{like_x} got {shape} float32. {fresh}"),
+            ("big-endian", np.empty(shape, ">f8"), f"{like_x} got {shape} float64. {fresh}"),
+            ("of another library", strict.empty(shape), f"{like_x} got {shape} float64. {fresh}"),
             ("column by column", np.empty(shape, order="F"), in_order),
             ("every second of a larger array", np.empty((2 * shape[0], *shape[1:]))[::2], in_order),
             ("that may not be written to", fixed, in_order),
@@ -534,7 +530,7 @@ def outs():
         for bad in ([1.0], 1.0):
             for backward in (False, True):
                 what = f"{name}: {'dx' if backward else 'y'} to an out that is a {type(bad).__name__}"
-                message = rf"; a {type(bad).__name__} came\."
+                message = rf"; got a {type(bad).__name__}\."
                 yield Row(what, partial(write_to, name, bad, backward), TypeError, message)
 
 
@@ -699,7 +695,7 @@ REFUSED = [
     (
         "LayerNorm: weight and bias of two shapes",
         "ValueError: LayerNorm: each parameter must have shape (features,), the same for all; "
-        "there came weight (6,), bias (5,).",
+        "got weight (6,), bias (5,).",
         lambda: layer_norm(bias=W[:5]),
         lambda: torch_layer_norm(bias=TW[:5]),
         "RuntimeError",
@@ -748,14 +744,14 @@ REFUSED = [
     ),
     (
         "LayerNorm: x is a list",
-        "TypeError: LayerNorm: npnorm works on arrays of NumPy, CuPy or the array API standard; a list came.",
+        "TypeError: LayerNorm: npnorm works on arrays of NumPy, CuPy or the array API standard; got a list.",
         lambda: layer_norm(X.tolist()),
         lambda: torch_layer_norm(X.tolist()),
         "TypeError",
     ),
     (
         "LayerNorm: the weight is a list",
-        "TypeError: LayerNorm: weight must be an array of shape (features,); a list came. Turn it into an array first,",
+        "TypeError: LayerNorm: weight must be an array of shape (features,); got a list. Turn it into an array first,",
         lambda: layer_norm(weight=W.tolist()),
         lambda: torch_layer_norm(weight=W.tolist()),
         "TypeError",
@@ -901,7 +897,7 @@ REFUSED = [
     (
         "BatchNorm: running statistics of 5 and 6",
         "ValueError: BatchNorm: each parameter must have shape (channels,), the same for all; "
-        "there came running_mean (5,), running_var (6,).",
+        "got running_mean (5,), running_var (6,).",
         lambda: norms.BatchNorm(running_mean=W[:5], running_var=W),
         lambda: torch_batch_norm(mean=TW[:5].clone(), var=TW.clone()),
         "RuntimeError",
@@ -975,14 +971,14 @@ REFUSED = [
     ),
     (
         "dy is a list",
-        "TypeError: LayerNorm: npnorm works on arrays of NumPy, CuPy or the array API standard; a list came.",
+        "TypeError: LayerNorm: npnorm works on arrays of NumPy, CuPy or the array API standard; got a list.",
         lambda: backward(X.tolist()),
         lambda: torch_backward(X.tolist()),
         "TypeError",
     ),
     (
         "What another norm saved",
-        "TypeError: LayerNorm.backward takes what LayerNorm.forward saved; a npnorm.norms.rms_norm.Saved came.",
+        "TypeError: LayerNorm.backward takes what LayerNorm.forward saved; got npnorm.norms.rms_norm.Saved.",
         lambda: norms.LayerNorm().backward(X, norms.RMSNorm().forward(X)[1]),
         None,
         "",
@@ -1003,14 +999,14 @@ REFUSED = [
     ),
     (
         "LayerNorm: out of another shape",
-        "ValueError: LayerNorm: out must be an array like x, (4, 6) float64; (4, 5) float64 came.",
+        "ValueError: LayerNorm: out must be an array like x, (4, 6) float64; got (4, 5) float64.",
         lambda: norms.LayerNorm().forward(X, out=np.empty((4, 5))),
         None,
         "",
     ),
     (
         "LayerNorm: out of another dtype",
-        "ValueError: LayerNorm: out must be an array like x, (4, 6) float64; (4, 6) float32 came.",
+        "ValueError: LayerNorm: out must be an array like x, (4, 6) float64; got (4, 6) float32.",
         lambda: norms.LayerNorm().forward(X, out=np.empty((4, 6), "float32")),
         None,
         "",

@@ -415,9 +415,7 @@ def test_one_running_statistic_without_the_other_is_refused():
 
 
 def test_running_statistics_of_other_channels_are_refused():
-    with pytest.raises(
-        ValueError, match=r"shape \(channels,\), the same for all; there came weight \(2,\), running_mean"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(channels,\), the same for all; got weight \(2,\), running_mean"):
         BatchNorm(W, running_mean=np.zeros(3), running_var=np.ones(3))
     with pytest.raises(ValueError, match=r"BatchNorm holds 3 channels; x has shape \(2, 2, 2\)"):
         BatchNorm(running_mean=np.zeros(3), running_var=np.ones(3)).forward(X)
@@ -442,13 +440,13 @@ def test_a_bad_count_of_batches_is_refused(batches):
 
 def test_what_inference_saved_cannot_be_tracked():
     norm = BatchNorm(W)
-    with pytest.raises(TypeError, match=r"takes what BatchNorm\.forward saved; a .*SavedInference came"):
+    with pytest.raises(TypeError, match=r"takes what BatchNorm\.forward saved; got .*SavedInference"):
         norm.track(norm.inference(X)[1])
 
 
 def test_what_another_layer_saved_is_refused():
     _, saved = InstanceNorm().forward(X)
-    with pytest.raises(TypeError, match=r"takes what BatchNorm\.forward saved; a npnorm\.norms\.group_norm\.Saved"):
+    with pytest.raises(TypeError, match=r"takes what BatchNorm\.forward saved; got npnorm\.norms\.group_norm\.Saved"):
         BatchNorm(W).backward(DY, saved)
 
 

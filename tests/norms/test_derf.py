@@ -112,7 +112,7 @@ def test_init_starts_as_the_paper_does():
 @pytest.mark.parametrize("shape", [(2,), (1, 1), (0,)])
 def test_a_scalar_of_more_than_one_number_is_refused(name, shape):
     scalars = {"alpha": np.array(0.5), "shift": np.array(0.0), name: np.ones(shape)}
-    message = f"Derf: each parameter must have shape () or (1,), the same for all; there came {name} {shape}."
+    message = f"Derf: each parameter must have shape () or (1,), the same for all; got {name} {shape}."
     with pytest.raises(ValueError, match=re.escape(message)):
         Derf(**scalars)
 

@@ -108,18 +108,18 @@ def test_init_starts_as_the_paper_does():
 
 @pytest.mark.parametrize("shape", [(2,), (1, 1), (0,)])
 def test_an_alpha_of_more_than_one_number_is_refused(shape):
-    message = f"DyT: each parameter must have shape () or (1,), the same for all; there came alpha {shape}."
+    message = f"DyT: each parameter must have shape () or (1,), the same for all; got alpha {shape}."
     with pytest.raises(ValueError, match=re.escape(message)):
         DyT(np.ones(shape), np.ones(3))
 
 
 def test_an_alpha_that_is_a_python_number_is_refused():
-    with pytest.raises(TypeError, match=r"DyT: alpha must be an array of shape \(\) or \(1,\); a float came\."):
+    with pytest.raises(TypeError, match=r"DyT: alpha must be an array of shape \(\) or \(1,\); got a float\."):
         DyT(0.5)
 
 
 def test_weight_and_bias_of_two_shapes_are_refused():
-    message = "DyT: each parameter must have shape (features,), the same for all; there came weight (3,), bias (4,)."
+    message = "DyT: each parameter must have shape (features,), the same for all; got weight (3,), bias (4,)."
     with pytest.raises(ValueError, match=re.escape(message)):
         DyT(np.array(0.5), np.ones(3), np.ones(4))
 

@@ -245,5 +245,5 @@ def test_a_gradient_of_another_shape_is_refused():
 
 def test_what_another_layer_saved_is_refused():
     _, saved = LayerNorm().forward(np.ones((2, 4)))
-    with pytest.raises(TypeError, match=r"takes what GroupNorm\.forward saved; a npnorm\.norms\.layer_norm\.Saved"):
+    with pytest.raises(TypeError, match=r"takes what GroupNorm\.forward saved; got npnorm\.norms\.layer_norm\.Saved"):
         GroupNorm(2).backward(np.ones((2, 4)), saved)

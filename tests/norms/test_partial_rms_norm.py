@@ -227,15 +227,15 @@ def test_what_is_not_a_generator_is_refused(rng):
 
 
 def test_parameters_of_two_axes_are_refused():
-    with pytest.raises(
-        ValueError, match=r"shape \(features,\), one axis, the same for all; there came weight \(2, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(features,\), one axis, the same for all; got weight \(2, 4\)"):
         PartialRMSNorm(np.ones((2, 4)))
 
 
 def test_what_another_layer_saved_is_refused():
     _, saved = RMSNorm().forward(np.ones((2, 4)))
-    with pytest.raises(TypeError, match=r"takes what PartialRMSNorm\.forward saved; a npnorm\.norms\.rms_norm\.Saved"):
+    with pytest.raises(
+        TypeError, match=r"takes what PartialRMSNorm\.forward saved; got npnorm\.norms\.rms_norm\.Saved"
+    ):
         PartialRMSNorm(p=1).backward(np.ones((2, 4)), saved)
 
 

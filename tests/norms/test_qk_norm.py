@@ -174,15 +174,13 @@ def test_weights_of_two_lengths_are_refused_per_head():
 
 @pytest.mark.parametrize("full_width", [False, True])
 def test_a_weight_of_two_axes_is_refused(full_width):
-    message = (
-        "QKNorm: each parameter must have shape (features,), one axis, the same for all; there came weight (2, 4)."
-    )
+    message = "QKNorm: each parameter must have shape (features,), one axis, the same for all; got weight (2, 4)."
     with pytest.raises(ValueError, match=re.escape(message)):
         QKNorm(np.ones(4), np.ones((2, 4)), full_width=full_width)
 
 
 def test_a_weight_must_be_given():
-    with pytest.raises(TypeError, match=r"QKNorm: weight must be an array of shape .*; a NoneType came"):
+    with pytest.raises(TypeError, match=r"QKNorm: weight must be an array of shape .*; got a NoneType"):
         QKNorm(np.ones(4), None)
 
 

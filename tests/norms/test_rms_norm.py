@@ -241,7 +241,7 @@ def test_a_bad_eps_is_refused(eps):
     ],
 )
 def test_parameters_of_a_wrong_shape_are_refused(weight, bias, came):
-    message = "RMSNorm: each parameter must have shape (features,), the same for all; there came " + came
+    message = "RMSNorm: each parameter must have shape (features,), the same for all; got " + came
     with pytest.raises(ValueError, match=re.escape(message)):
         RMSNorm(weight, bias)
 
@@ -265,11 +265,11 @@ def test_a_gradient_that_is_not_of_floats_is_refused():
 
 
 def test_lists_are_refused():
-    with pytest.raises(TypeError, match=r"weight must be an array of shape .*; a list came.*numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"weight must be an array of shape .*; got a list.*numpy\.asarray"):
         RMSNorm([1.0, 2.0])
-    with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"got a list.*numpy\.asarray"):
         RMSNorm(np.ones(2)).forward([[1.0, 2.0]])
-    with pytest.raises(TypeError, match=r"a list came.*numpy\.asarray"):
+    with pytest.raises(TypeError, match=r"got a list.*numpy\.asarray"):
         RMSNorm().backward([[1.0, 2.0]], RMSNorm().forward(np.ones((1, 2)))[1])
 
 
@@ -292,7 +292,7 @@ def test_a_gradient_of_another_shape_is_refused(shape):
 def test_what_another_layer_saved_is_refused():
     x = np.random.default_rng(40).standard_normal((2, 3))
     _, saved = LayerNorm(np.ones(3)).forward(x)
-    with pytest.raises(TypeError, match=r"takes what RMSNorm\.forward saved; a npnorm\.norms\..*Saved came"):
+    with pytest.raises(TypeError, match=r"takes what RMSNorm\.forward saved; got npnorm\.norms\..*Saved\."):
         RMSNorm(np.ones(3)).backward(x, saved)
 
 

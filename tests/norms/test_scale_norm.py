@@ -151,15 +151,13 @@ def test_init_makes_the_root_of_the_width():
 
 @pytest.mark.parametrize("weight", [np.ones(2), np.ones((1, 1)), np.ones(0)], ids=lambda w: str(w.shape))
 def test_a_weight_of_more_than_one_number_is_refused(weight):
-    message = (
-        f"ScaleNorm: each parameter must have shape () or (1,), the same for all; there came weight {weight.shape}."
-    )
+    message = f"ScaleNorm: each parameter must have shape () or (1,), the same for all; got weight {weight.shape}."
     with pytest.raises(ValueError, match=re.escape(message)):
         ScaleNorm(weight)
 
 
 def test_a_python_number_is_refused():
-    with pytest.raises(TypeError, match=r"ScaleNorm: weight must be an array of shape \(\) or \(1,\); a float came\."):
+    with pytest.raises(TypeError, match=r"ScaleNorm: weight must be an array of shape \(\) or \(1,\); got a float\."):
         ScaleNorm(2.0)
 
 

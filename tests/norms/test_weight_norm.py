@@ -173,7 +173,7 @@ def test_a_weight_that_does_not_fit_the_lengths_is_refused(shape):
 def test_lengths_of_another_shape_are_refused(shape):
     message = (
         "WeightNorm: each parameter must have shape (outputs,) or (outputs, 1, ...), the same for all; "
-        f"there came weight_g {shape}."
+        f"got weight_g {shape}."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         WeightNorm(np.ones(shape))
@@ -197,7 +197,7 @@ def test_the_lengths_of_what_is_no_weight_are_refused(shape):
         WeightNorm.of(np.ones(shape))
 
 
-@pytest.mark.parametrize(("weight", "message"), [([[1.0]], "a list came"), (np.ones((2, 3), int), "weight is int64")])
+@pytest.mark.parametrize(("weight", "message"), [([[1.0]], "got a list"), (np.ones((2, 3), int), "weight is int64")])
 def test_the_lengths_of_what_is_not_of_floats_are_refused(weight, message):
     with pytest.raises(TypeError, match=rf"WeightNorm.*{message}"):
         WeightNorm.of(weight)

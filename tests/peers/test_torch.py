@@ -16,7 +16,7 @@ SAMPLES = {"layer_norm": 6, "rms_norm": 6, "group_norm": 33, "batch_norm": 12, "
 """How many samples torch 2.13 has of each function."""
 
 EPS = "eps is -0.5. It must be a finite number"
-NO_CHANNELS = "each parameter must have shape (channels,), the same for all; there came running_mean (0,)"
+NO_CHANNELS = "each parameter must have shape (channels,), the same for all; got running_mean (0,)"
 REFUSED = {
     "layer_norm": {1: EPS},
     "rms_norm": {1: EPS},
