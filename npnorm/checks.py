@@ -44,6 +44,11 @@ def is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
+def _is_size(value: Any) -> bool:
+    """Return whether `value` is a number of features, or a shape: what torch takes where npnorm takes a weight."""
+    return is_count(value) or (isinstance(value, (tuple, list)) and len(value) > 0 and all(map(is_count, value)))
+
+
 def place(x: Array) -> str:
     """Return where `x` lies, for a message and a comparison."""
     return str(getattr(x, "device", "host"))
@@ -70,26 +75,38 @@ def check_module(layer: str, x: Array, params: Tree, called: str = "x") -> None:
 def check_float(layer: str, name: str, x: Array) -> None:
     """Raise unless `x` holds floats; complex128 is let through for the complex step, formulas being analytic."""
     if dtype_name(x) not in (*FLOATS, "complex128"):
-        raise TypeError(
-            f"{layer} works on {', '.join(FLOATS)}; {name} is {dtype_name(x)}. "
-            f"Convert it first, for example by {name}.astype(numpy.float32)."
-        )
+        raise TypeError(f"{layer} works on {', '.join(FLOATS)}; {name} is {dtype_name(x)}. {_conversion(name, x)}.")
 
 
-def check_settings(layer: str, params: dict[str, Array], eps: float, group: Group, shape: str = "(features,)") -> None:
+def _conversion(name: str, x: Array) -> str:
+    """Return what to do about a dtype that is not taken; no digits must be lost by following the advice."""
+    dtype = dtype_name(x)
+    if dtype.startswith(("complex", "clongdouble")):
+        return f"Take {name}.real; the only complex dtype that is taken is complex128, for the complex step"
+    wide = dtype in ("longdouble", "float96", "float128")
+    return f"Convert it first, for example by {name}.astype(numpy.{'float64' if wide else 'float32'})"
+
+
+def check_settings(
+    layer: str, params: dict[str, Array], eps: float, group: Group, shape: str = "(features,)", sizes: str = "{}"
+) -> None:
     """Raise unless eps is finite and not negative, and the parameters are floats of one shape.
 
     Parameters
     ----------
     shape : str
         What the shape of each parameter should be: a key of `SHAPES`.
+    sizes : str
+        The arguments of the layer's `init`, for a message, with {} for the number of features or channels.
     """
     with errors_on_all_ranks(group):
         for name, array in params.items():
             if not hasattr(array, "shape"):
+                remedy = "Turn it into an array first, for example by numpy.asarray."
+                if _is_size(array) and shape.startswith(("(features", "(channels")):
+                    remedy = f"{layer}.init({sizes.format(array)}) makes the {name}."
                 raise TypeError(
-                    f"{layer}: {name} must be an array of shape {shape}; got {with_article(array)}. "
-                    f"Turn it into an array first, for example by numpy.asarray."
+                    f"{layer}: {name} must be an array of shape {shape}; got {with_article(array)}. {remedy}"
                 )
         group.require_same(f"{layer} with eps={eps} and " + ", ".join(f"{n} {describe(a)}" for n, a in params.items()))
         if not is_number(eps) or eps < 0:
@@ -204,7 +221,7 @@ def check_width(layer: str, x: Array, width: int, name: str = "x") -> None:
     if dtype_name(x) not in ("float32", "float64", "complex128"):
         raise TypeError(
             f"{layer} works in float32 or float64; the dtype of {name} is {dtype_name(x)}. "
-            f"Convert it first, for example by {name}.astype(numpy.float32); only the norms take 16-bit floats."
+            f"{_conversion(name, x)}; only the norms take 16-bit floats."
         )
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(

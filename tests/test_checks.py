@@ -12,10 +12,20 @@ def test_features_of_the_right_width_pass(dtype):
     check_width("Linear", np.zeros((2, 3), dtype), 3)
 
 
-@pytest.mark.parametrize("dtype", ["int64", "float16", "bool"])
-def test_features_of_another_dtype_are_refused(dtype):
-    with pytest.raises(TypeError, match=rf"the dtype of x is {dtype}\. Convert it first"):
-        check_width("Linear", np.zeros((2, 3), dtype), 3)
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        ("int64", r"Convert it first, for example by x\.astype\(numpy\.float32\)"),
+        ("float16", r"Convert it first, for example by x\.astype\(numpy\.float32\)"),
+        ("bool", r"Convert it first, for example by x\.astype\(numpy\.float32\)"),
+        ("longdouble", r"Convert it first, for example by x\.astype\(numpy\.float64\)"),
+        ("complex64", r"Take x\.real; the only complex dtype that is taken is complex128, for the complex step"),
+    ],
+)
+def test_features_of_another_dtype_are_refused_with_advice_that_keeps_their_digits(dtype, remedy):
+    x = np.zeros((2, 3), dtype)
+    with pytest.raises(TypeError, match=rf"the dtype of x is {x.dtype.name}\. {remedy}; only the norms take 16-bit"):
+        check_width("Linear", x, 3)
 
 
 @pytest.mark.parametrize("shape", [(), (3, 2), (0,)])

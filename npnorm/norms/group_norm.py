@@ -79,6 +79,7 @@ class GroupNorm:
     """
 
     layer = "GroupNorm"
+    sizes = "groups, {}"  # the arguments of init, for a message
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class GroupNorm:
     ) -> None:
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
         self.groups, self.eps, self.group, self.compute = groups, eps, group, compute
-        check_settings(self.layer, self.params, eps, group, "(channels,)")
+        check_settings(self.layer, self.params, eps, group, "(channels,)", self.sizes)
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
         with errors_on_all_ranks(group):
             group.require_same(f"{self.layer} with {groups} groups")

@@ -47,6 +47,7 @@ class InstanceNorm(GroupNorm):
     """
 
     layer = "InstanceNorm"
+    sizes = "{}"
 
     def __init__(
         self,

@@ -202,10 +202,12 @@ def dtypes():
             layer, said = layer_of(name, argument), called(name, argument)
             for dtype in ("int64", "uint8", "bool", "object", "complex64", "longdouble", "str"):
                 bad = array(shape).astype(dtype)
-                message = (
-                    f"{layer} works on float16, bfloat16, float32, float64; {said} is {bad.dtype.name}. "
-                    f"Convert it first, for example by {said}.astype(numpy.float32)."
-                )
+                remedy = {
+                    "complex64": f"Take {said}.real; "
+                    "the only complex dtype that is taken is complex128, for the complex step.",
+                    "longdouble": f"Convert it first, for example by {said}.astype(numpy.float64).",
+                }.get(dtype, f"Convert it first, for example by {said}.astype(numpy.float32).")
+                message = f"{layer} works on float16, bfloat16, float32, float64; {said} is {bad.dtype.name}. {remedy}"
                 yield row(name, f"{argument} of {dtype}", TypeError, exact(message), **{argument: bad})
             for bad in ([1.0], 1.0, "1.0", torch.ones(shape)):
                 kind = type(bad).__name__
@@ -220,6 +222,18 @@ def dtypes():
             if argument in norm.inputs:
                 message = r"; got a NoneType\. Turn it into an array first, for example by numpy\.asarray\.$"
                 yield row(name, f"{argument} is None", TypeError, message, **{argument: None})
+
+
+def sizes():
+    """Return rows for a size where the weight belongs, as torch takes it."""
+    for name in ("LayerNorm", "RMSNorm", "PartialRMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "GatedRMSNorm"):
+        made = re.escape(f"{name}.init(groups, 768)" if name == "GroupNorm" else f"{name}.init(768)")
+        message = rf"^{name}: weight must be an array of shape .*; got an int\. {made} makes the weight\.$"
+        yield row(name, "a number of features for weight", TypeError, message, weight=768)
+    message = "LayerNorm: weight must be an array of shape (features,); got a list. LayerNorm.init([4, 6]) makes the"
+    yield row("LayerNorm", "a shape for weight", TypeError, "^" + re.escape(message), weight=[4, 6])
+    message = "DyT: alpha must be an array of shape () or (1,); got an int. Turn it into an array first, for example by"
+    yield row("DyT", "an int for alpha", TypeError, "^" + re.escape(message), alpha=1)
 
 
 def places():
@@ -548,6 +562,7 @@ def write_to(name, out, backward):
 TABLE = [
     *settings(),
     *dtypes(),
+    *sizes(),
     *places(),
     *(row(name, what, ValueError, exact(said), **changes) for name, what, changes, said in shapes()),
     *strangers(),
@@ -723,14 +738,14 @@ REFUSED = [
     ),
     (
         "LayerNorm: complex64 x",
-        "TypeError: LayerNorm works on float16, bfloat16, float32, float64; x is complex64. Convert it first,",
+        "TypeError: LayerNorm works on float16, bfloat16, float32, float64; x is complex64. Take x.real",
         lambda: layer_norm(complex64(X), None),
         lambda: F.layer_norm(complex64(TX), (6,)),
         "NotImplementedError",
     ),
     (
         "RMSNorm: complex64 x",
-        "TypeError: RMSNorm works on float16, bfloat16, float32, float64; x is complex64. Convert it first,",
+        "TypeError: RMSNorm works on float16, bfloat16, float32, float64; x is complex64. Take x.real",
         lambda: norms.RMSNorm().forward(complex64(X)),
         lambda: F.rms_norm(complex64(TX), (6,)),
         "accepted",
