@@ -155,14 +155,15 @@ def _from_host(values: np.ndarray, like: Array) -> Array:
 
 
 def _caller() -> str:
-    """Return file and line of the innermost frame outside this package."""
+    """Return file and line of the innermost frame outside this package, and outside its context managers."""
     package = os.path.dirname(__file__) + os.sep
-    outside = [frame for frame in traceback.extract_stack() if not frame.filename.startswith(package)]
+    inside = (package, contextlib.__file__)
+    outside = [frame for frame in traceback.extract_stack() if not frame.filename.startswith(inside)]
     return f"{os.path.basename(outside[-1].filename)}, line {outside[-1].lineno}" if outside else "an unknown place"
 
 
 def _disagreement(without_place: list[str], places: list[str]) -> str:
-    texts = [f"{text}, at {place}" for text, place in zip(without_place, places, strict=True)]
+    texts = [f"{text.rstrip('.')}, at {place}" for text, place in zip(without_place, places, strict=True)]
     usual, times = Counter(without_place).most_common(1)[0]
     odd = [times > len(texts) / 2 and text != usual for text in without_place]  # without a majority nobody is odd
     lines = [f"  rank {rank}: {text}{'   <-- differs' * odd[rank]}" for rank, text in enumerate(texts)]

@@ -1,8 +1,12 @@
+import inspect
+import re
+
 import array_api_strict as strict
 import ml_dtypes
 import numpy as np
 import pytest
 
+from npnorm import RMSNorm
 from npnorm.arrays import to_numpy
 from npnorm.mpi import RankError, Ranks
 from tests.mpi.pmpi import counting
@@ -146,6 +150,18 @@ def test_ranks_that_disagree_raise_the_same_error_before_anything_is_sent(comm, 
     assert "test_ranks.py, line" in texts[0]
     assert group.calls["sum"] == group.calls["max"] == 0
     comm.Barrier()
+
+
+@pytest.mark.mpi(ranks=(2, 3))
+def test_a_problem_in_the_input_of_one_rank_names_the_line_that_passed_it(comm):
+    group = Ranks(comm)
+    norm = RMSNorm(group=group)
+    x = np.ones((2, 3), int if comm.rank == 1 else float)
+    line = inspect.currentframe().f_lineno + 2
+    with pytest.raises(RankError) as error:
+        norm.forward(x)
+    *_, problem = (text for text in str(error.value).splitlines() if "rank 1: " in text)
+    assert re.search(rf"x is int64\. Convert .*float32\), at test_ranks\.py, line {line}(   <-- differs)?$", problem)
 
 
 @pytest.mark.mpi(ranks=(1, 3))
