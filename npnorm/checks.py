@@ -5,7 +5,7 @@ What norms ask comes first, then what the other layers ask.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from npnorm.arrays import Array, array_module, describe, dtype_name, to_numpy, with_article
 from npnorm.group import SOLO, Group, errors_on_all_ranks
-from npnorm.tree import Tree, leaves
+from npnorm.tree import Tree, checksum, leaves
 
 SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
     "(features,)": lambda shape: len(shape) > 0,  # or several axes
@@ -87,10 +87,38 @@ def _conversion(name: str, x: Array) -> str:
     return f"Convert it first, for example by {name}.astype(numpy.{'float64' if wide else 'float32'})"
 
 
-def check_settings(
-    layer: str, params: dict[str, Array], eps: float, group: Group, shape: str = "(features,)", sizes: str = "{}"
+def require_same_settings(
+    layer: str, group: Group, params: Tree = None, replicated: Collection[str] = (), **settings: Any
 ) -> None:
-    """Raise unless eps is finite and not negative, and the parameters are floats of one shape.
+    """Raise on every rank unless all ranks build the same layer: one comparison, of one text.
+
+    Parameters
+    ----------
+    params : tree of arrays, or None
+        What the layer holds on this rank; shapes and dtypes are compared.
+    replicated : names in params
+        The arrays that are the same on every rank; their bits are compared, by checksum.
+    **settings
+        Everything else that the constructor was given, but the group. The text has str() of each that is not None.
+    """
+    parts = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    for name, array in leaves({} if params is None else params):
+        bits = f", checksum {checksum(array):08x}" if name in replicated and group.size > 1 else ""
+        parts.append(f"{name} {describe(array)}{bits}")
+    group.require_same(f"{layer} with {', '.join(parts) or 'no settings'}")
+
+
+def check_settings(
+    layer: str,
+    params: dict[str, Array],
+    eps: float,
+    group: Group,
+    shape: str = "(features,)",
+    sizes: str = "{}",
+    replicated: Collection[str] = (),
+    **settings: Any,
+) -> None:
+    """Raise unless eps is finite and not negative, the parameters are floats of one shape, and the ranks have the same.
 
     Parameters
     ----------
@@ -98,6 +126,8 @@ def check_settings(
         What the shape of each parameter should be: a key of `SHAPES`.
     sizes : str
         The arguments of the layer's `init`, for a message, with {} for the number of features or channels.
+    replicated, **settings
+        What `require_same_settings` compares over the ranks besides eps, shapes and dtypes.
     """
     with errors_on_all_ranks(group):
         for name, array in params.items():
@@ -108,7 +138,7 @@ def check_settings(
                 raise TypeError(
                     f"{layer}: {name} must be an array of shape {shape}; got {with_article(array)}. {remedy}"
                 )
-        group.require_same(f"{layer} with eps={eps} and " + ", ".join(f"{n} {describe(a)}" for n, a in params.items()))
+        require_same_settings(layer, group, params, replicated, eps=eps, **settings)
         if not is_number(eps) or eps < 0:
             raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")
         for name, array in params.items():

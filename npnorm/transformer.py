@@ -56,7 +56,7 @@ class Transformer:
             group.require_same(f"Transformer {config}")
             _check_params(config, params)
             if group.size > 1:
-                group.require_same(f"Transformer of whole arrays with checksum {checksum(params):08x}")
+                group.require_same(f"Transformer of whole arrays, checksum {checksum(params):08x}")
         shard_slice(group, config.vocabulary, f"a vocabulary of {config.vocabulary}")
         self.config = config
         self.group = group

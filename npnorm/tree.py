@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from npnorm.arrays import Array, to_numpy
+from npnorm.arrays import Array, describe, to_numpy
 from npnorm.group import Group
 
 Tree = Any
@@ -61,10 +61,10 @@ def leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def checksum(tree: Tree) -> int:
-    """Return a checksum of the names, and of the bits of the arrays, of a tree."""
+    """Return a checksum of the names, shapes, dtypes and bits of the arrays of a tree."""
     total = 0
     for name, array in sorted(leaves(tree), key=lambda leaf: leaf[0]):
-        total = zlib.crc32(to_numpy(array).tobytes(), zlib.crc32(name.encode(), total))
+        total = zlib.crc32(to_numpy(array).tobytes(), zlib.crc32(f"{name} {describe(array)}".encode(), total))
     return total
 
 
@@ -80,7 +80,7 @@ def take_shards(layer: str, params: Tree, axes: Tree, group: Group) -> tuple[Tre
     whole arrays are not the same on every rank.
     """
     if group.size > 1:
-        group.require_same(f"{layer} of whole arrays with checksum {checksum(params):08x}")
+        group.require_same(f"{layer} of whole arrays, checksum {checksum(params):08x}")
     shards = {part: {name: axes[part][name] for name in params[part]} for part in axes}
     return shard({part: params[part] for part in axes}, shards, group), shards
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array, array_module, describe, dtype_name, from_numpy, transpose
-from npnorm.checks import check_input, check_saved
+from npnorm.checks import check_input, check_saved, require_same_settings
 from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.inplace import exp, in_blocks
 from npnorm.layers.linear import COLUMN, ROW, Linear
@@ -90,7 +90,7 @@ class Attention:
         kv_heads = kv_heads or heads
         axes = {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "o_proj": ROW}
         with errors_on_all_ranks(group):
-            group.require_same(f"Attention with {heads} heads, {kv_heads} of keys and values")
+            require_same_settings("Attention", group, heads=heads, kv_heads=kv_heads, rotary=rotary)
             check_names("Attention", params, axes)
             _check_heads({name: tuple(params[name]["weight"].shape) for name in axes}, heads, kv_heads)
             shard_slice(group, heads, f"{heads} heads")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array, array_module, from_numpy, log
-from npnorm.checks import check_ids, check_module, check_saved, check_width
+from npnorm.checks import check_ids, check_module, check_saved, check_width, require_same_settings
 from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.layers.inplace import exp
 
@@ -50,6 +50,8 @@ class CrossEntropy:
 
     def __init__(self, *, group: Group = SOLO) -> None:
         self.group = group
+        with errors_on_all_ranks(group):
+            require_same_settings("CrossEntropy", group)
 
     def forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
         """Return the loss, without axes, for logits of shape (..., vocabulary) and targets of shape (...)."""

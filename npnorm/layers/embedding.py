@@ -10,8 +10,8 @@ the sum over the ranks is x. Communicated: one sum forward, nothing backward.
 
 from typing import NamedTuple
 
-from npnorm.arrays import Array, array_module, describe
-from npnorm.checks import check_ids, check_module, check_saved, check_width
+from npnorm.arrays import Array, array_module
+from npnorm.checks import check_ids, check_module, check_saved, check_width, require_same_settings
 from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.layers.inplace import sum_at
 
@@ -47,8 +47,7 @@ class Embedding:
         self.shards = {"weight": None if isinstance(group, Solo) else 0}
         self.group = group
         with errors_on_all_ranks(group):
-            array_module(weight)  # raises, if it is not an array
-            group.require_same(f"Embedding with weight {describe(weight)}")
+            require_same_settings("Embedding", group, self.params)
             if weight.ndim != 2:
                 raise ValueError(f"Embedding: weight must have shape (vocabulary, width); got {tuple(weight.shape)}.")
 

@@ -19,7 +19,7 @@ Mohammad Shoeybi et al., "Megatron-LM", 2019, arXiv:1909.08053, section 3.
 from typing import NamedTuple
 
 from npnorm.arrays import Array, array_module, describe
-from npnorm.checks import check_input, check_module, check_saved, check_width
+from npnorm.checks import check_input, check_module, check_saved, check_width, require_same_settings
 from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.layers.inplace import add_into
 
@@ -64,9 +64,9 @@ class Linear:
         self.group = group
         with errors_on_all_ranks(group):
             check_module("Linear", weight, self.params)
-            described = ", ".join(f"{name} {describe(array)}" for name, array in self.params.items())
-            group.require_same(f"Linear with {described}")
+            require_same_settings("Linear", group, self.params, replicated=["bias"])
             if weight.ndim != 2 or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
+                described = ", ".join(f"{name} {describe(array)}" for name, array in self.params.items())
                 raise ValueError(f"Linear: weight must have shape (outputs, inputs), bias (outputs,); got {described}.")
 
     def forward(self, x: Array) -> tuple[Array, Saved]:

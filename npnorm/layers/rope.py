@@ -50,6 +50,9 @@ class Rotary:
     def __init__(self, base: float = 10000.0) -> None:
         self.base = base
 
+    def __repr__(self) -> str:
+        return f"Rotary(base={self.base})"
+
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
         if x.ndim < 2 or x.shape[-1] % 2:

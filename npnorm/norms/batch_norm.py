@@ -128,7 +128,17 @@ class BatchNorm:
         self.shards: dict[str, int | None] = dict.fromkeys(self.params)  # replicated
         running = {"running_mean": running_mean, "running_var": running_var}
         arrays = self.params | {name: a for name, a in running.items() if a is not None}
-        check_settings("BatchNorm", arrays, eps, group, "(channels,)")
+        check_settings(
+            "BatchNorm",
+            arrays,
+            eps,
+            group,
+            "(channels,)",
+            replicated=arrays,
+            momentum=momentum,
+            batches=batches,
+            compute=compute,
+        )
         self.axes = Batch("BatchNorm", group)
         self.rows = Rows(self.axes, eps, compute)
         self.eps = float(eps)

@@ -35,8 +35,8 @@ class Elementwise:
         self.scalars = scalars
         self.params = scalars | self.affine
         for name, scalar in scalars.items():
-            check_settings(self.layer, {name: scalar}, 0, group, "() or (1,)")
-        check_settings(self.layer, self.affine, 0, group)
+            check_settings(self.layer, {name: scalar}, 0, group, "() or (1,)", replicated=[name])
+        check_settings(self.layer, self.affine, 0, group, compute=compute)
         self.axes = Features(self.layer, group, max((a.ndim for a in self.affine.values()), default=1))
         split = None if isinstance(group, Solo) else self.axes.count - 1
         self.shards = dict.fromkeys(scalars) | dict.fromkeys(self.affine, split)

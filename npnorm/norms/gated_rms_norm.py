@@ -105,10 +105,18 @@ class GatedRMSNorm:
         compute: str | None = None,
     ) -> None:
         self.params = {} if weight is None else {"weight": weight}
-        check_settings("GatedRMSNorm", self.params, eps, group, "(features,), one axis")
+        check_settings(
+            "GatedRMSNorm",
+            self.params,
+            eps,
+            group,
+            "(features,), one axis",
+            groups=groups,
+            norm_before_gate=norm_before_gate,
+            compute=compute,
+        )
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
         with errors_on_all_ranks(group):
-            group.require_same(f"GatedRMSNorm with groups={groups}, norm_before_gate={norm_before_gate}")
             if not is_count(groups):
                 raise ValueError(f"GatedRMSNorm: groups is {groups!r}. It must be an integer, 1 or more.")
             if groups > 1 and groups % group.size:

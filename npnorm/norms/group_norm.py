@@ -93,10 +93,9 @@ class GroupNorm:
     ) -> None:
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
         self.groups, self.eps, self.group, self.compute = groups, eps, group, compute
-        check_settings(self.layer, self.params, eps, group, "(channels,)", self.sizes)
+        check_settings(self.layer, self.params, eps, group, "(channels,)", self.sizes, groups=groups, compute=compute)
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
         with errors_on_all_ranks(group):
-            group.require_same(f"{self.layer} with {groups} groups")
             if not is_count(groups):
                 raise ValueError(f"{self.layer}: groups is {groups!r}. It must be an integer, 1 or more.")
             if groups % group.size and group.size % groups:

@@ -115,7 +115,7 @@ class LayerNorm:
         compute: str | None = None,
     ) -> None:
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
-        check_settings("LayerNorm", self.params, eps, group)
+        check_settings("LayerNorm", self.params, eps, group, axes=axes, statistics=statistics, compute=compute)
         self.axes = Features("LayerNorm", group, count_axes("LayerNorm", self.params, axes, group))
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else self.axes.count - 1)
         self.rows = Rows(self.axes, eps, compute)

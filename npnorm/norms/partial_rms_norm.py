@@ -88,10 +88,9 @@ class PartialRMSNorm:
         compute: str | None = None,
     ) -> None:
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
-        check_settings("PartialRMSNorm", self.params, eps, group, "(features,), one axis")
+        check_settings("PartialRMSNorm", self.params, eps, group, "(features,), one axis", p=p, compute=compute)
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
         with errors_on_all_ranks(group):
-            group.require_same(f"PartialRMSNorm with p={p}")
             if not is_number(p) or not 0 < p <= 1:
                 raise ValueError(
                     f"PartialRMSNorm: p is {p!r}. It must be above 0 and at most 1: k = ceil(n p) must be 1 or more."

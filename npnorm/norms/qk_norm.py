@@ -79,12 +79,13 @@ class QKNorm:
         self.params = {"q_norm": {"weight": q_weight}, "k_norm": {"weight": k_weight}}
         self.axes = Features("QKNorm", group if full_width else SOLO)
         self.group, self.full_width = group, full_width
-        with errors_on_all_ranks(group):
-            group.require_same(f"QKNorm with full_width={full_width}")
         axis = 0 if full_width and not isinstance(group, Solo) else None
         self.shards = {"q_norm": {"weight": axis}, "k_norm": {"weight": axis}}
+        replicated, shape = () if full_width else ("weight",), "(features,), one axis"
         for params in self.params.values():
-            check_settings("QKNorm", params, eps, group, "(features,), one axis")
+            check_settings(
+                "QKNorm", params, eps, group, shape, replicated=replicated, full_width=full_width, compute=compute
+            )
         if not full_width:
             with errors_on_all_ranks(group):
                 if q_weight.shape != k_weight.shape:

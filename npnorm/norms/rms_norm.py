@@ -114,7 +114,7 @@ class RMSNorm:
         compute: str | None = None,
     ) -> None:
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
-        check_settings("RMSNorm", self.params, eps, group)
+        check_settings("RMSNorm", self.params, eps, group, axes=axes, compute=compute)
         self.axes = Features("RMSNorm", group, count_axes("RMSNorm", self.params, axes, group))
         self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else self.axes.count - 1)
         self.rows = Rows(self.axes, eps, compute)

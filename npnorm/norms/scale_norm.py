@@ -105,7 +105,9 @@ class ScaleNorm:
     ) -> None:
         self.params = {} if weight is None else {"weight": weight}
         self.shards: dict[str, int | None] = dict.fromkeys(self.params)  # replicated
-        check_settings(self.layer, self.params, eps, group, "() or (1,)")
+        check_settings(
+            self.layer, self.params, eps, group, "() or (1,)", replicated=self.params, axes=axes, compute=compute
+        )
         with errors_on_all_ranks(group):
             end = 1e18 if compute == "float32" else 1e150
             if eps and not 1 / end <= eps <= end:

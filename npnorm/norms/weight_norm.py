@@ -66,7 +66,8 @@ class WeightNorm:
     def __init__(self, weight_g: Array, *, group: Group = SOLO, compute: str | None = None) -> None:
         self.params = {"weight_g": weight_g}
         self.shards: dict[str, int | None] = {"weight_g": None}
-        check_settings("WeightNorm", self.params, 0, group, "(outputs,) or (outputs, 1, ...)")
+        shape = "(outputs,) or (outputs, 1, ...)"
+        check_settings("WeightNorm", self.params, 0, group, shape, replicated=self.params, compute=compute)
         self.axes = Batch("WeightNorm", group)
         self.rows = Rows(self.axes, 0, compute)
 

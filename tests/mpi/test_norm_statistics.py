@@ -138,7 +138,7 @@ def test_messages_counted_by_mpi(comm, statistics):
 
 @pytest.mark.mpi(ranks=2)
 def test_an_unknown_form_on_one_rank_is_one_error_on_both(comm):
-    with pytest.raises(RankError, match=r"rank 1: ValueError: LayerNorm: statistics is 'welford'"):
+    with pytest.raises(RankError, match=r"rank 1: LayerNorm with .*statistics=welford"):
         LayerNorm(np.ones(4), statistics="welford" if comm.rank == 1 else "packed", group=Ranks(comm)).forward(
             np.ones((2, 4))
         )
@@ -147,7 +147,6 @@ def test_an_unknown_form_on_one_rank_is_one_error_on_both(comm):
 
 @pytest.mark.mpi(ranks=(2, 3))
 def test_other_forms_on_the_ranks_are_one_error_on_all(comm):
-    norm = LayerNorm(np.ones(4), statistics="packed" if comm.rank == 1 else "gathered", group=Ranks(comm))
     with pytest.raises(RankError, match="the ranks disagree") as error:
-        norm.forward(np.arange(8.0).reshape(2, 4))
+        LayerNorm(np.ones(4), statistics="packed" if comm.rank == 1 else "gathered", group=Ranks(comm))
     assert len(set(comm.allgather(str(error.value)))) == 1

@@ -43,7 +43,7 @@ def test_a_job_that_succeeds_ends_with_status_0_and_prints_nothing_else():
         ("return early on one", "rank 2: the end of the program, at jobs.py"),
         ("raise while another has returned", "[rank 2 of 3] Traceback"),
         ("other collectives", "rank 2: max of (1,) float64"),
-        ("shards that disagree", "rank 2: LayerNorm with eps=1e-05 and weight (5,) float64"),
+        ("shards that disagree", "rank 2: LayerNorm with eps=1e-05, statistics=two-pass, weight (5,) float64"),
         ("a width that the ranks do not divide", "3 ranks cannot share an array of shape (7,)"),
     ],
 )

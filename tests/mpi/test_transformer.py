@@ -218,7 +218,7 @@ def test_parts_that_do_not_fit_together_are_one_error_on_both(comm, misfit):
 @pytest.mark.mpi(ranks=2)
 def test_parameters_of_another_seed_on_one_rank_are_an_error_on_both(comm):
     config = CONFIGS["original"]
-    with pytest.raises(RankError, match="Transformer of whole arrays with checksum"):
+    with pytest.raises(RankError, match="Transformer of whole arrays, checksum"):
         Transformer(config, init(config, np.random.default_rng(comm.rank)), group=Ranks(comm))
     comm.Barrier()
 
