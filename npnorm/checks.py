@@ -108,6 +108,19 @@ def require_same_settings(
     group.require_same(f"{layer} with {', '.join(parts) or 'no settings'}")
 
 
+def message_label(layer: str, **arrays: Array) -> str:
+    """Return the label of a message: what it is for, and the dtypes of the arrays as the user passed them.
+
+    A norm sends float64 whatever it was given, so that without them float16 on one rank would cost the others digits.
+
+    Examples
+    --------
+    >>> message_label("LayerNorm of 16 features", dy=np.ones(3), x=np.ones(3, "float16"))
+    'LayerNorm of 16 features, dy float64, x float16'
+    """
+    return ", ".join([layer, *(f"{name} {dtype_name(array)}" for name, array in arrays.items())])
+
+
 def check_settings(
     layer: str,
     params: dict[str, Array],

@@ -17,7 +17,11 @@ class RankError(RuntimeError):
 
 
 class Group(Protocol):
-    """What a layer asks of the ranks that it is split over."""
+    """What a layer asks of the ranks that it is split over.
+
+    The `label` of a message is compared over the ranks before anything is sent, at no cost: it says what the message is
+    for, and whatever else must be the same on all of them, such as the dtype of x (`npnorm.checks.message_label`).
+    """
 
     rank: int
     size: int

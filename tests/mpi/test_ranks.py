@@ -1,5 +1,6 @@
 import inspect
 import re
+from functools import partial
 
 import array_api_strict as strict
 import ml_dtypes
@@ -8,6 +9,7 @@ import pytest
 
 from npnorm import RMSNorm
 from npnorm.arrays import to_numpy
+from npnorm.checks import message_label
 from npnorm.mpi import RankError, Ranks
 from tests.mpi.pmpi import counting
 
@@ -162,6 +164,19 @@ def test_a_problem_in_the_input_of_one_rank_names_the_line_that_passed_it(comm):
         norm.forward(x)
     *_, problem = (text for text in str(error.value).splitlines() if "rank 1: " in text)
     assert re.search(rf"x is int64\. Convert .*float32\), at test_ranks\.py, line {line}(   <-- differs)?$", problem)
+
+
+@pytest.mark.mpi(ranks=2, counted=True)
+@pytest.mark.parametrize("operation", ["sum", "max", "gather"])
+def test_a_label_carries_the_dtype_of_x_to_the_comparison(comm, operation):
+    group = Ranks(comm)
+    send = partial(group.gather, axis=0) if operation == "gather" else getattr(group, operation)
+    x = np.ones(3, "float16" if comm.rank == 1 else "float64")
+    with pytest.raises(RankError, match=r"rank 1: .* of \(3,\) float64.* for RMSNorm, x float16, at"):
+        send(x.astype("float64"), label=message_label("RMSNorm", x=x))
+    with counting() as calls:
+        send(np.ones(3), label=message_label("RMSNorm", x=np.ones(3)))
+    assert sum(count for count, _ in calls.values()) == 2  # the comparison and the message
 
 
 @pytest.mark.mpi(ranks=(1, 3))
