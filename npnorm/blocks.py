@@ -15,7 +15,7 @@ where f'(d) stands for the backward pass of f.
 from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
-from npnorm.tree import Layer, Tree
+from npnorm.tree import Layer, Tree, hand_down
 
 
 class Saved(NamedTuple):
@@ -35,12 +35,14 @@ class PostNorm:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
+        hand_down(self.params, {"norm": self.norm, "sublayer": self.sublayer})
         f, sublayer = self.sublayer.forward(x)
         y, norm = self.norm.forward(x + f)
         return y, Saved(norm, sublayer)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, Tree]:
         """Return dx, and the gradients of both layers."""
+        hand_down(self.params, {"norm": self.norm, "sublayer": self.sublayer})
         ds, norm = self.norm.backward(dy, saved.norm)
         df, sublayer = self.sublayer.backward(ds, saved.sublayer)
         return ds + df, {"norm": norm, "sublayer": sublayer}
@@ -56,12 +58,14 @@ class PreNorm:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
+        hand_down(self.params, {"norm": self.norm, "sublayer": self.sublayer})
         z, norm = self.norm.forward(x)
         f, sublayer = self.sublayer.forward(z)
         return x + f, Saved(norm, sublayer)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, Tree]:
         """Return dx, and the gradients of both layers."""
+        hand_down(self.params, {"norm": self.norm, "sublayer": self.sublayer})
         dz, sublayer = self.sublayer.backward(dy, saved.sublayer)
         dx, norm = self.norm.backward(dz, saved.norm)
         return dy + dx, {"norm": norm, "sublayer": sublayer}
@@ -77,6 +81,7 @@ class Chain:
 
     def forward(self, x: Array) -> tuple[Array, dict[str, Any]]:
         """Return the last layer's y, and what each layer saved."""
+        hand_down(self.params, self.layers)
         saved = {}
         for name, layer in self.layers.items():
             x, saved[name] = layer.forward(x)
@@ -84,6 +89,7 @@ class Chain:
 
     def backward(self, dy: Array, saved: dict[str, Any]) -> tuple[Array, Tree]:
         """Return dx, and the gradients of each layer."""
+        hand_down(self.params, self.layers)
         grads = {}
         for name, layer in reversed(self.layers.items()):
             dy, grads[name] = layer.backward(dy, saved[name])

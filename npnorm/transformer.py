@@ -23,7 +23,7 @@ from npnorm.config import Config, layout
 from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers import MLP, Attention, Embedding, Linear, Positions, Rotary, SwiGLU
 from npnorm.norms import LayerNorm, RMSNorm
-from npnorm.tree import Layer, Tree, checksum, leaves, map_tree
+from npnorm.tree import Layer, Tree, checksum, hand_down, leaves, map_tree
 
 
 class Saved(NamedTuple):
@@ -97,12 +97,13 @@ class Transformer:
     def forward(self, ids: Array) -> tuple[Array, Saved]:
         """Return logits of shape (batch, length, vocabulary of this rank) for ids of shape (batch, length)."""
         with errors_on_all_ranks(self.group):
-            check_module("Transformer", ids, self.embedding.params)
+            check_module("Transformer", ids, self.params["embedding"])
             if ids.ndim != 2 or not 0 < ids.shape[1] <= self.config.context:
                 raise ValueError(
                     f"Transformer takes ids of shape (batch, length) with 1 to {self.config.context} positions; "
                     f"got {tuple(ids.shape)}. Use a larger context or a shorter input."
                 )
+        self._hand_down()
         x, embedding = self.embedding.forward(ids)
         x, stack = self.stack.forward(x)
         logits, head = self.head.forward(x)
@@ -110,6 +111,7 @@ class Transformer:
 
     def backward(self, dlogits: Array, saved: Saved) -> tuple[None, Tree]:
         """Return None, since ids have no gradient, and the gradients of this rank's shards."""
+        self._hand_down()
         with errors_on_all_ranks(self.group):
             dx, head = self.head.backward(dlogits, saved.head)
         dx = self.group.sum(dx, label="the head's backward")
@@ -118,6 +120,12 @@ class Transformer:
         if self.config.tied:  # one table, used twice
             return None, {"embedding": {"weight": embedding["weight"] + head["weight"]}, **stack}
         return None, {"embedding": embedding, **stack, "head": head}
+
+    def _hand_down(self) -> None:
+        """Let each part use what `params` holds; a tied head uses the table of the embedding."""
+        head = self.params["embedding" if self.config.tied else "head"]
+        hand_down({**self.params, "head": head}, {"embedding": self.embedding, "head": self.head})
+        self.stack.params = {name: self.params[name] for name in self.stack.layers}
 
 
 def _check_params(config: Config, params: Tree) -> None:

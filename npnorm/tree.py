@@ -5,7 +5,7 @@ needs, written down in a NamedTuple; nothing is remembered on the layer. Gradien
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from npnorm.arrays import Array, describe, to_numpy
@@ -16,7 +16,12 @@ Tree = Any
 
 
 class Layer(Protocol):
-    """The two methods and two trees that every layer has."""
+    """The two methods and two trees that every layer has.
+
+    Both methods use the arrays that `params` holds when they are called: an array, a dict or the whole tree may be
+    replaced between two calls, by one of the same shape, and arrays may be changed in place. What is replaced between
+    forward and backward counts for backward, which is then no derivative of that forward.
+    """
 
     params: Tree
     """Name to array, or name to the params of a child."""
@@ -43,6 +48,13 @@ def map_tree(f: Callable[..., Any], *trees: Tree) -> Tree:
     if isinstance(first, dict):
         return {name: map_tree(f, *(tree[name] for tree in trees)) for name in first}
     return f(*trees)
+
+
+def hand_down(params: Tree, children: Mapping[str, Layer]) -> None:
+    """Let each child use what stands under its name in the parent's `params`, also after it was replaced there."""
+    for name, child in children.items():
+        if child.params is not params[name]:
+            child.params = params[name]
 
 
 def leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:

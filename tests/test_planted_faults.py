@@ -95,11 +95,11 @@ class TimesForKeys(Linear):
 class UnscaledKeys(Attention):
     """The gradient of the keys is not divided by sqrt(d)."""
 
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self.qkv = TimesForKeys(**self.qkv.params)
-        self.qkv.keys = slice(self.features, self.features + self.kv_features)
-        self.qkv.factor = self.d**0.5
+    def _qkv(self):
+        qkv = TimesForKeys(**super()._qkv().params)
+        qkv.keys = slice(self.features, self.features + self.kv_features)
+        qkv.factor = self.d**0.5
+        return qkv
 
 
 class NoSoftmaxSum(Attention):
@@ -114,7 +114,7 @@ class NoSoftmaxSum(Attention):
         dq, _, _ = self._parts(dqkv)
         dq[...] = ds @ saved.k
         dx, grads = super().backward(dy, saved)
-        more, grads_q = self.qkv.backward(dqkv, saved.qkv_proj)
+        more, grads_q = self._qkv().backward(dqkv, saved.qkv_proj)
         grads["q_proj"]["weight"] += grads_q["weight"][: self.features]
         return dx + more, grads
 

@@ -1,3 +1,6 @@
+import copy
+import functools
+import pickle
 import re
 
 import numpy as np
@@ -25,6 +28,10 @@ ALL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def draw(config, rng):
     """Return parameters that are far from where training starts, so that nothing is nearly linear."""
     return map_tree(lambda a: a + 0.3 * rng.standard_normal(a.shape), init(config, rng, "float64"))
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
 
 
 def with_loss(config, targets):
@@ -218,6 +225,45 @@ def test_misshapen_and_needless_parameters_are_named():
         "  blocks.1.mlp.norm.weight: expected (24,), got (25,)",
         "  head.bias: expected nothing, got (12,)",
     ]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("replaced", ["arrays", "dicts", "the tree"])
+def test_replaced_parameters_are_used_in_both_passes(name, replaced):
+    config, ids = CONFIGS[name], np.random.default_rng(23).integers(0, 12, (2, 5))
+    model, other = (Transformer(config, init(config, np.random.default_rng(seed), "float64")) for seed in (24, 25))
+
+    def run(layer):
+        logits, saved = layer.forward(ids)
+        return {"logits": logits, "grads": layer.backward(np.cos(logits), saved)[1]}
+
+    before = run(model)
+    if replaced == "the tree":
+        model.params = other.params
+    elif replaced == "dicts":
+        model.params.update(other.params)
+    else:
+        for path, array in leaves(other.params):
+            *folders, last = path.split(".")
+            functools.reduce(dict.get, folders, model.params)[last] = array
+    same_bits(run(model), run(other))
+    assert not np.array_equal(before["logits"], run(model)["logits"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_a_copy_is_the_same_model_with_parameters_of_its_own(name, copied):
+    config, ids = CONFIGS[name], np.random.default_rng(26).integers(0, 12, (2, 5))
+    model = Transformer(config, init(config, np.random.default_rng(27), "float64"))
+    other = copied(model)
+    expected = model.forward(ids)[0]
+    same_bits(other.forward(ids)[0], expected)
+    for _, array in leaves(other.params):
+        array *= 2
+    same_bits(other.forward(ids)[0], Transformer(config, other.params).forward(ids)[0])
+    same_bits(model.forward(ids)[0], expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (3, 0), (5,), (1, 2, 3)])

@@ -41,7 +41,7 @@ from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.inplace import exp, in_blocks
 from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.layers.rope import Rotary
-from npnorm.tree import Tree, check_names, take_shards
+from npnorm.tree import Tree, check_names, hand_down, take_shards
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -95,11 +95,9 @@ class Attention:
             _check_heads({name: tuple(params[name]["weight"].shape) for name in axes}, heads, kv_heads)
             shard_slice(group, heads, f"{heads} heads")
             shard_slice(group, kv_heads, f"{kv_heads} heads of keys and values")
-            params, self.shards = take_shards("Attention", params, axes, group)
-            stacked = _stack(params)
-        self.params = {**_cut(stacked, params), "o_proj": params["o_proj"]}  # views: a step of training reaches both
-        self.d = params["q_proj"]["weight"].shape[0] * group.size // heads
-        self.qkv = Linear(**stacked)
+            _check_dtypes(params)
+            self.params, self.shards = take_shards("Attention", params, axes, group)
+        self.d = self.params["q_proj"]["weight"].shape[0] * group.size // heads
         self.o = Linear(**self.params["o_proj"], group=group)
         self.kv_heads = kv_heads // group.size
         self.features, self.kv_features = heads // group.size * self.d, self.kv_heads * self.d  # of q; of k, and of v
@@ -109,12 +107,13 @@ class Attention:
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x: (batch, length, width)."""
+        hand_down(self.params, {"o_proj": self.o})
         with errors_on_all_ranks(self.group):
-            check_input("Attention", x, self.params, self.qkv.params["weight"].shape[1])
+            check_input("Attention", x, self.params, self.params["q_proj"]["weight"].shape[1])
             if x.ndim != 3:
                 raise ValueError(f"Attention takes x of shape (batch, length, width); got {tuple(x.shape)}.")
         xp = array_module(x)
-        qkv, save_qkv = self.qkv.forward(x)
+        qkv, save_qkv = self._qkv().forward(x)
         q, k, v = self._parts(qkv)
         q /= math.sqrt(self.d)
         turns = None
@@ -129,15 +128,30 @@ class Attention:
 
     def backward(self, dy: Array, saved: Saved) -> tuple[Array, Tree]:
         """Return dx, and the gradients of this rank's shards."""
+        hand_down(self.params, {"o_proj": self.o})
         check_saved("Attention", saved, Saved)
         _, turns, q, k, v, p, _ = saved
         do, grads_o = self.o.backward(dy, saved.o_proj)
-        shape = (*do.shape[:-1], self.qkv.params["weight"].shape[0])
+        shape = (*do.shape[:-1], self.features + 2 * self.kv_features)
         dqkv = from_numpy(np.zeros(shape, dtype_name(do)), do)
         in_blocks(partial(self._read_backward, turns), p[:1, ...].size, *self._parts(dqkv), self._split(do), q, k, v, p)
-        dx, grads = self.qkv.backward(dqkv, saved.qkv_proj)
+        dx, grads = self._qkv().backward(dqkv, saved.qkv_proj)
         dx = self.group.sum(dx, label="Attention.backward")
         return dx, {**_cut(grads, self.params), "o_proj": grads_o}
+
+    def _qkv(self) -> Linear:
+        """Return one linear layer whose outputs are q, k and v: one product is faster than three.
+
+        It is made anew at each call, since the parameters may have been replaced or changed; the copies take a share of
+        about 1 / (batch * length) of the time of the product.
+        """
+        weights = [self.params[name]["weight"] for name in QKV]
+        xp = array_module(weights[0])
+        weight, bias = xp.concat(weights, axis=0), None
+        if any("bias" in self.params[name] for name in QKV):
+            parts = zip(QKV, weights, strict=True)
+            bias = xp.concat([self.params[name].get("bias", xp.zeros_like(w[:, 0])) for name, w in parts], axis=0)
+        return Linear(weight, bias)
 
     def _parts(self, qkv: Array) -> Iterator[Array]:
         """Yield the parts of q, k and v, each split into heads: views, to be read or written."""
@@ -201,21 +215,15 @@ def _triangle(x: Array) -> np.ndarray:
     return np.triu(np.full((n, n), -np.inf, "float32" if dtype_name(x) == "float32" else "float64"), 1)
 
 
-def _stack(params: Tree) -> dict[str, Array]:
-    """Return the parameters of one linear layer whose outputs are q, k and v: one product is faster than three."""
+def _check_dtypes(params: Tree) -> None:
+    """Raise unless the projections that make one product have one dtype; complex128 goes with any."""
     weights = [params[name]["weight"] for name in QKV]
     if len({dtype_name(w) for w in weights} - {"complex128"}) > 1:
         raise TypeError(f"Attention: q_proj, k_proj and v_proj must have one dtype; got {[*map(describe, weights)]}.")
-    xp = array_module(weights[0])
-    stacked = {"weight": xp.concat(weights, axis=0)}
-    if any("bias" in params[name] for name in QKV):
-        biases = (params[name].get("bias", xp.zeros_like(w[:, 0])) for name, w in zip(QKV, weights, strict=True))
-        stacked["bias"] = xp.concat(list(biases), axis=0)
-    return stacked
 
 
 def _cut(stacked: dict[str, Array], params: Tree) -> Tree:
-    """Return what belongs to each of q, k and v, in the names of `params`: views."""
+    """Return the gradients of q, k and v in the names of `params`: views of the gradient of their one product."""
     parts, start = {}, 0
     for name in QKV:
         stop = start + params[name]["weight"].shape[0]

@@ -21,7 +21,7 @@ from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.activations import GELU, silu, silu_backward
 from npnorm.layers.inplace import add_into, elementwise
 from npnorm.layers.linear import COLUMN, ROW, Linear
-from npnorm.tree import Tree, check_names, take_shards
+from npnorm.tree import Tree, check_names, hand_down, take_shards
 
 
 class SavedMLP(NamedTuple):
@@ -53,10 +53,12 @@ class MLP:
         self.up = Linear(**self.params["up_proj"])
         self.gelu = GELU()
         self.down = Linear(**self.params["down_proj"], group=group)
+        self.linears = {"up_proj": self.up, "down_proj": self.down}
         self.group = group
 
     def forward(self, x: Array) -> tuple[Array, SavedMLP]:
         """Return y of the shape of x: (..., width)."""
+        hand_down(self.params, self.linears)
         with errors_on_all_ranks(self.group):
             check_input("MLP", x, self.params, self.up.params["weight"].shape[1])
         h, up = self.up.forward(x)
@@ -66,6 +68,7 @@ class MLP:
 
     def backward(self, dy: Array, saved: SavedMLP) -> tuple[Array, Tree]:
         """Return dx, and the gradients of this rank's shards."""
+        hand_down(self.params, self.linears)
         check_saved("MLP", saved, SavedMLP)
         da, down = self.down.backward(dy, saved.down)
         dh, _ = self.gelu.backward(da, saved.gelu)
@@ -105,10 +108,12 @@ class SwiGLU:
         self.gate = Linear(**self.params["gate_proj"])
         self.up = Linear(**self.params["up_proj"])
         self.down = Linear(**self.params["down_proj"], group=group)
+        self.linears = {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}
         self.group = group
 
     def forward(self, x: Array) -> tuple[Array, SavedSwiGLU]:
         """Return y of the shape of x: (..., width)."""
+        hand_down(self.params, self.linears)
         with errors_on_all_ranks(self.group):
             check_input("SwiGLU", x, self.params, self.up.params["weight"].shape[1])
         g, gate = self.gate.forward(x)
@@ -119,6 +124,7 @@ class SwiGLU:
 
     def backward(self, dy: Array, saved: SavedSwiGLU) -> tuple[Array, Tree]:
         """Return dx, and the gradients of this rank's shards."""
+        hand_down(self.params, self.linears)
         check_saved("SwiGLU", saved, SavedSwiGLU)
         da, down = self.down.backward(dy, saved.down)
         dg, dh = elementwise(_gate_backward, da, saved.g, saved.s, saved.h)
