@@ -15,7 +15,7 @@ where f'(d) stands for the backward pass of f.
 from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
-from npnorm.tree import Layer, Tree, hand_down
+from npnorm.tree import Layer, Tree, hand_down, summary
 
 
 class Saved(NamedTuple):
@@ -32,6 +32,9 @@ class PostNorm:
         self.norm, self.sublayer = norm, sublayer
         self.params = {"norm": norm.params, "sublayer": sublayer.params}
         self.shards = {"norm": norm.shards, "sublayer": sublayer.shards}
+
+    def __repr__(self) -> str:
+        return summary("PostNorm", norm=self.norm, sublayer=self.sublayer)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
@@ -56,6 +59,9 @@ class PreNorm:
         self.params = {"norm": norm.params, "sublayer": sublayer.params}
         self.shards = {"norm": norm.shards, "sublayer": sublayer.shards}
 
+    def __repr__(self) -> str:
+        return summary("PreNorm", norm=self.norm, sublayer=self.sublayer)
+
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
         hand_down(self.params, {"norm": self.norm, "sublayer": self.sublayer})
@@ -78,6 +84,9 @@ class Chain:
         self.layers = layers
         self.params = {name: layer.params for name, layer in layers.items()}
         self.shards = {name: layer.shards for name, layer in layers.items()}
+
+    def __repr__(self) -> str:
+        return summary("Chain", **self.layers)
 
     def forward(self, x: Array) -> tuple[Array, dict[str, Any]]:
         """Return the last layer's y, and what each layer saved."""

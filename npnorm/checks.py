@@ -108,7 +108,7 @@ def require_same_settings(
     group.require_same(f"{layer} with {', '.join(parts) or 'no settings'}")
 
 
-def message_label(layer: str, **arrays: Array) -> str:
+def message_label(layer: str, /, **arrays: Array) -> str:
     """Return the label of a message: what it is for, and the dtypes of the arrays as the user passed them.
 
     A norm sends float64 whatever it was given, so that without them float16 on one rank would cost the others digits.

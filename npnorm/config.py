@@ -4,7 +4,7 @@
 parameters of a configuration, `init` draws them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from npnorm.arrays import Array
 from npnorm.tree import Tree, map_tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
     """The settings of a transformer.
 
@@ -48,6 +48,15 @@ class Config:
     tied: bool = False
     bias: bool = False
     eps: float = 1e-5
+
+    def __repr__(self) -> str:
+        """Return the sizes, and what differs from the defaults."""
+        shown = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in ("width", "depth", "heads", "context") or getattr(self, field.name) != field.default
+        }
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def __post_init__(self) -> None:
         for name, choices in (

@@ -51,6 +51,9 @@ class Solo:
     rank = 0
     size = 1
 
+    def __repr__(self) -> str:
+        return "Solo()"
+
     def sum(self, *arrays: Array, label: str = "") -> Any:
         """Return the arrays: a single one as it is, several as a tuple."""
         return arrays[0] if len(arrays) == 1 else arrays

@@ -70,6 +70,9 @@ class Ranks:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
+    def __repr__(self) -> str:
+        return f"Ranks(rank={self.rank}, size={self.size})"
+
     def sum(self, *arrays: Array, label: str = "") -> Any:
         """Turn partial arrays into replicated ones: one all-reduce, however many arrays of one dtype.
 

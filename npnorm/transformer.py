@@ -14,6 +14,7 @@ one sum for the embedding and one for each sub-layer; backward one for each sub-
 are a shard of the vocabulary, as `CrossEntropy(group=group)` takes them.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from npnorm.arrays import Array, dtype_name
@@ -93,6 +94,11 @@ class Transformer:
                 "mlp": place(self._norm(params["mlp"]["norm"]), mlp),
             }
         )
+
+    def __repr__(self) -> str:
+        shared = map_tree(lambda axis: 1 if axis is None else self.group.size, self.shards)
+        sizes = map_tree(lambda array, ranks: math.prod(array.shape) * ranks, self.params, shared)
+        return f"Transformer({self.config!r}, {sum(size for _, size in leaves(sizes)):,} parameters)"
 
     def forward(self, ids: Array) -> tuple[Array, Saved]:
         """Return logits of shape (batch, length, vocabulary of this rank) for ids of shape (batch, length)."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from npnorm.arrays import Array, describe, to_numpy
-from npnorm.group import Group
+from npnorm.group import Group, Solo
 
 Tree = Any
 """A leaf, or a dict of names to trees: `{"norm": {"weight": w}, "mlp": {...}}`."""
@@ -70,6 +70,20 @@ def leaves(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(child, f"{path}.{name}" if path else name)
     else:
         yield path, tree
+
+
+def summary(layer: str, params: Tree = None, /, **settings: Any) -> str:
+    """Return a layer in one line, as its `repr`: shapes and dtypes for arrays, and settings that are not None or SOLO.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> summary("Linear", {"weight": np.ones((4, 5)), "bias": np.ones(4)}, group=Solo())
+    'Linear(weight=(4, 5) float64, bias=(4,) float64)'
+    """
+    parts = [f"{name}={describe(array)}" for name, array in leaves({} if params is None else params)]
+    known = {name: value for name, value in settings.items() if value is not None and not isinstance(value, Solo)}
+    return f"{layer}({', '.join([*parts, *(f'{name}={value!r}' for name, value in known.items())])})"
 
 
 def checksum(tree: Tree) -> int:

@@ -82,3 +82,14 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 def test_settings_that_no_layer_could_take_are_refused_at_once(settings):
     with pytest.raises(ValueError, match="Config: "):  # 18 features leave a head 3: no pairs to turn
         Config.modern(12, **(SIZES | settings))
+
+
+@pytest.mark.parametrize(
+    "config", [Config(48), Config.original(12, width=24, heads=6), Config(9, kv_heads=2, tied=True)]
+)
+def test_a_configuration_is_one_line_that_makes_it_again(config):
+    assert eval(repr(config)) == config
+
+
+def test_the_line_of_a_configuration_has_the_sizes_and_what_is_not_usual():
+    assert repr(Config(48, kv_heads=2)) == "Config(vocabulary=48, width=128, depth=4, heads=4, context=128, kv_heads=2)"

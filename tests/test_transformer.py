@@ -227,6 +227,14 @@ def test_misshapen_and_needless_parameters_are_named():
     ]
 
 
+def test_a_model_is_one_line():
+    config = CONFIGS["modern"]
+    params = init(config, np.random.default_rng(22))
+    size = sum(array.size for _, array in leaves(params))
+    assert repr(Transformer(config, params)) == f"Transformer({config}, {size:,} parameters)"
+    assert "\n" not in repr(config)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("replaced", ["arrays", "dicts", "the tree"])
 def test_replaced_parameters_are_used_in_both_passes(name, replaced):

@@ -92,6 +92,9 @@ class GELU:
     params: dict[str, Array] = {}
     shards: dict[str, None] = {}
 
+    def __repr__(self) -> str:
+        return "GELU()"
+
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""
         y, t = elementwise(gelu, x)
@@ -116,6 +119,9 @@ class SiLU:
 
     params: dict[str, Array] = {}
     shards: dict[str, None] = {}
+
+    def __repr__(self) -> str:
+        return "SiLU()"
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x."""

@@ -41,7 +41,7 @@ from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.inplace import exp, in_blocks
 from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.layers.rope import Rotary
-from npnorm.tree import Tree, check_names, hand_down, take_shards
+from npnorm.tree import Tree, check_names, hand_down, summary, take_shards
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -104,6 +104,11 @@ class Attention:
         self.shared_by = heads // kv_heads  # queries of a key
         self.rotary = rotary
         self.group = group
+
+    def __repr__(self) -> str:
+        kv_heads = self.kv_heads * self.group.size
+        heads = {"heads": kv_heads * self.shared_by, "kv_heads": kv_heads if self.shared_by > 1 else None}
+        return summary("Attention", self.params, **heads, rotary=self.rotary, group=self.group)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of the shape of x: (batch, length, width)."""

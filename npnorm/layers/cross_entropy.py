@@ -21,6 +21,7 @@ from npnorm.arrays import Array, array_module, from_numpy, log
 from npnorm.checks import check_ids, check_module, check_saved, check_width, require_same_settings
 from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.layers.inplace import exp
+from npnorm.tree import summary
 
 
 class Saved(NamedTuple):
@@ -52,6 +53,9 @@ class CrossEntropy:
         self.group = group
         with errors_on_all_ranks(group):
             require_same_settings("CrossEntropy", group)
+
+    def __repr__(self) -> str:
+        return summary("CrossEntropy", group=self.group)
 
     def forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
         """Return the loss, without axes, for logits of shape (..., vocabulary) and targets of shape (...)."""

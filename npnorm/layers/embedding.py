@@ -14,6 +14,7 @@ from npnorm.arrays import Array, array_module
 from npnorm.checks import check_ids, check_module, check_saved, check_width, require_same_settings
 from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.layers.inplace import sum_at
+from npnorm.tree import summary
 
 
 class Saved(NamedTuple):
@@ -50,6 +51,9 @@ class Embedding:
             require_same_settings("Embedding", group, self.params)
             if weight.ndim != 2:
                 raise ValueError(f"Embedding: weight must have shape (vocabulary, width); got {tuple(weight.shape)}.")
+
+    def __repr__(self) -> str:
+        return summary("Embedding", self.params, group=self.group)
 
     def forward(self, ids: Array) -> tuple[Array, Saved]:
         """Return x of shape (..., width) for integers of shape (...)."""
@@ -91,6 +95,9 @@ class Positions:
     def __init__(self, weight: Array) -> None:
         self.params = {"weight": weight}
         self.shards = {"weight": None}
+
+    def __repr__(self) -> str:
+        return summary("Positions", self.params)
 
     def forward(self, x: Array) -> tuple[Array, None]:
         """Return y of the shape of x: (batch, length, width)."""

@@ -22,6 +22,7 @@ from npnorm.arrays import Array, array_module, describe
 from npnorm.checks import check_input, check_module, check_saved, check_width, require_same_settings
 from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.layers.inplace import add_into
+from npnorm.tree import summary
 
 COLUMN: dict[str, int | None] = {"weight": 0, "bias": 0}
 ROW: dict[str, int | None] = {"weight": 1, "bias": None}
@@ -68,6 +69,9 @@ class Linear:
             if weight.ndim != 2 or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
                 described = ", ".join(f"{name} {describe(array)}" for name, array in self.params.items())
                 raise ValueError(f"Linear: weight must have shape (outputs, inputs), bias (outputs,); got {described}.")
+
+    def __repr__(self) -> str:
+        return summary("Linear", self.params, group=self.group)
 
     def forward(self, x: Array) -> tuple[Array, Saved]:
         """Return y of shape (..., outputs) for x of shape (..., inputs)."""

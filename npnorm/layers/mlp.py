@@ -21,7 +21,7 @@ from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.activations import GELU, silu, silu_backward
 from npnorm.layers.inplace import add_into, elementwise
 from npnorm.layers.linear import COLUMN, ROW, Linear
-from npnorm.tree import Tree, check_names, hand_down, take_shards
+from npnorm.tree import Tree, check_names, hand_down, summary, take_shards
 
 
 class SavedMLP(NamedTuple):
@@ -55,6 +55,9 @@ class MLP:
         self.down = Linear(**self.params["down_proj"], group=group)
         self.linears = {"up_proj": self.up, "down_proj": self.down}
         self.group = group
+
+    def __repr__(self) -> str:
+        return summary("MLP", self.params, group=self.group)
 
     def forward(self, x: Array) -> tuple[Array, SavedMLP]:
         """Return y of the shape of x: (..., width)."""
@@ -110,6 +113,9 @@ class SwiGLU:
         self.down = Linear(**self.params["down_proj"], group=group)
         self.linears = {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}
         self.group = group
+
+    def __repr__(self) -> str:
+        return summary("SwiGLU", self.params, group=self.group)
 
     def forward(self, x: Array) -> tuple[Array, SavedSwiGLU]:
         """Return y of the shape of x: (..., width)."""

@@ -216,6 +216,16 @@ def test_parts_that_do_not_fit_together_are_one_error_on_both(comm, misfit):
 
 
 @pytest.mark.mpi(ranks=2)
+def test_the_line_of_a_model_counts_the_parameters_of_all_ranks(comm):
+    config, group = CONFIGS["original"], Ranks(comm)
+    params, _, _ = problem(config)
+    assert repr(Transformer(config, params, group=group)) == repr(Transformer(config, params))
+    assert repr(Linear(np.ones((3, 2)), group=group)) == (
+        f"Linear(weight=(3, 2) float64, group=Ranks(rank={comm.rank}, size=2))"
+    )
+
+
+@pytest.mark.mpi(ranks=2)
 def test_parameters_of_another_seed_on_one_rank_are_an_error_on_both(comm):
     config = CONFIGS["original"]
     with pytest.raises(RankError, match="Transformer of whole arrays, checksum"):

@@ -1,0 +1,51 @@
+"""A layer says in one line what it holds."""
+
+import numpy as np
+import pytest
+
+from npnorm import SOLO
+from npnorm.blocks import Chain, PostNorm, PreNorm
+from npnorm.layers import GELU, MLP, Attention, CrossEntropy, Embedding, Linear, Positions, Rotary, SiLU, SwiGLU
+from npnorm.tree import summary
+
+ONES = {name: {"weight": np.ones((2, 2), "float32")} for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+UP, DOWN = {"weight": np.ones((6, 4))}, {"weight": np.ones((4, 6)), "bias": np.ones(4)}
+LINEAR = Linear(np.ones((4, 5), "float32"), np.ones(4, "float32"))
+
+LINES = {
+    "Linear(weight=(4, 5) float32, bias=(4,) float32)": LINEAR,
+    "Embedding(weight=(9, 4) float64)": Embedding(np.ones((9, 4))),
+    "Positions(weight=(9, 4) float64)": Positions(np.ones((9, 4))),
+    "MLP(up_proj.weight=(6, 4) float64, down_proj.weight=(4, 6) float64, down_proj.bias=(4,) float64)": MLP(
+        {"up_proj": UP, "down_proj": DOWN}
+    ),
+    "SwiGLU(gate_proj.weight=(6, 4) float64, up_proj.weight=(6, 4) float64, down_proj.weight=(4, 6) float64, "
+    "down_proj.bias=(4,) float64)": SwiGLU({"gate_proj": UP, "up_proj": UP, "down_proj": DOWN}),
+    "Attention(q_proj.weight=(2, 2) float32, k_proj.weight=(2, 2) float32, v_proj.weight=(2, 2) float32, "
+    "o_proj.weight=(2, 2) float32, heads=1, rotary=Rotary(base=500.0))": Attention(ONES, 1, None, Rotary(500.0)),
+    "GELU()": GELU(),
+    "SiLU()": SiLU(),
+    "CrossEntropy()": CrossEntropy(),
+    "PreNorm(norm=GELU(), sublayer=SiLU())": PreNorm(GELU(), SiLU()),
+    "PostNorm(norm=GELU(), sublayer=SiLU())": PostNorm(GELU(), SiLU()),
+    "Chain(one=GELU(), two=Linear(weight=(4, 5) float32, bias=(4,) float32))": Chain({"one": GELU(), "two": LINEAR}),
+    "Solo()": SOLO,
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_layer_is_one_line(line):
+    assert repr(LINES[line]) == line
+
+
+def test_heads_of_keys_and_values_are_told_where_queries_share_them():
+    params = {name: {"weight": np.ones((4, 4))} for name in ("q_proj", "o_proj")}
+    params |= {name: {"weight": np.ones((2, 4))} for name in ("k_proj", "v_proj")}
+    assert repr(Attention(params, 2, 1)).endswith(", heads=2, kv_heads=1)")
+
+
+def test_settings_that_are_none_are_left_out():
+    assert summary("RMSNorm", {"weight": np.ones(3)}, eps=1e-6, cast=None, group=SOLO) == (
+        "RMSNorm(weight=(3,) float64, eps=1e-06)"
+    )
+    assert summary("L2Norm") == "L2Norm()"
