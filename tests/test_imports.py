@@ -1,6 +1,8 @@
 import ast
+import inspect
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,19 @@ def test_everything_public_says_what_it_is(name):
 def test_importing_npnorm_loads_numpy_alone(module):
     code = f"import sys, npnorm; raise SystemExit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT.parent, check=False).returncode == 0
+
+
+def test_dir_shows_what_users_want_and_no_modules():
+    assert dir(npnorm) == sorted([*npnorm.__all__, "__version__"])
+    assert not any(inspect.ismodule(getattr(npnorm, name)) for name in dir(npnorm))
+
+
+def test_the_version_is_written_in_one_place():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert ROOT.parent / project["tool"]["hatch"]["version"]["path"] == Path(npnorm.__file__)
+    citation = (ROOT.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {npnorm.__version__}\n" in citation
 
 
 def test_everything_exported_exists():
