@@ -24,7 +24,7 @@ import numpy as np
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, round_to
 from npnorm.axes import Axes
 from npnorm.group import Group, Solo, errors_on_all_ranks
-from npnorm.threads import get_threads, share
+from npnorm.threads import get_threads, parallel_for
 
 BLOCK = 1 << 20
 """Bytes of one operand in a block, in working precision: about a core's L2 cache."""
@@ -80,7 +80,7 @@ class Careful:
             out[s, ...] = round_to(y, x.dtype)
 
         with evaluation(width(rows[0])):
-            share(evaluate, len(blocks), threads_for(rows[0]))
+            parallel_for(evaluate, len(blocks), threads_for(rows[0]))
             statistics = [statistic for statistic, _ in found]
             joined = tuple(xp.concat(a) for a in zip(*statistics, strict=True))
             return self.axes.restore(out, x), joined, _join([k for _, k in found], statistics)
@@ -133,7 +133,7 @@ class Careful:
                 out[s, ...] = round_to(a, out.dtype)
 
         with evaluation(width(rows[0])):
-            share(evaluate, len(blocks), threads_for(rows[0]))
+            parallel_for(evaluate, len(blocks), threads_for(rows[0]))
             grads = {}
             for name, param in params.items():
                 sums: list[Array] = []

@@ -20,7 +20,7 @@ from npnorm.axes import Axes
 from npnorm.careful import Careful, evaluation, threads_for, width
 from npnorm.group import Solo
 from npnorm.repeated import Repeated
-from npnorm.threads import share
+from npnorm.threads import parallel_for
 from npnorm.written import NARROW, Limits, limits_of, record, suits
 
 BLOCK = 1 << 21
@@ -127,7 +127,7 @@ class Fast:
 
         with evaluation(x.shape[-1]):
             given = self._given(params, constants, len(x))
-            share(work, len(tasks), threads_for(x))
+            parallel_for(work, len(tasks), threads_for(x))
             flat, means = _joined(found)
             statistics = tuple(np.reshape(a, (len(x), *[1] * (x.ndim - 1))) for a in flat)
             careful = ~self._good(x, means, flat[-1]) if flat else np.zeros(1, bool)
@@ -162,7 +162,7 @@ class Fast:
 
         with evaluation(x.shape[-1]):
             given = self._given(weight, statistics, len(x))
-            share(work, len(tasks), threads_for(x))
+            parallel_for(work, len(tasks), threads_for(x))
             flat = given(slice(0, len(x)))[len(weight) :]
             squares, lefts = _joined([rest for _, rest in found])
             good = (

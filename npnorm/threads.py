@@ -104,7 +104,7 @@ def get_threads() -> int:
     return default_threads() if _Settings.threads is None else _Settings.threads
 
 
-def share(work: Callable[[int], None], count: int, threads: int | None = None) -> None:
+def parallel_for(work: Callable[[int], None], count: int, threads: int | None = None) -> None:
     """Call `work(i)` for each i below `count`, on several threads; whichever is free takes the next i.
 
     Each thread sees the caller's context, `np.errstate` included. If a call raises, no further one is begun, and the
@@ -119,7 +119,7 @@ def share(work: Callable[[int], None], count: int, threads: int | None = None) -
     Examples
     --------
     >>> squares = [0, 0, 0]
-    >>> share(lambda i: squares.__setitem__(i, i * i), 3)
+    >>> parallel_for(lambda i: squares.__setitem__(i, i * i), 3)
     >>> squares
     [0, 1, 4]
     """

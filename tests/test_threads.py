@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from npnorm import GroupNorm, LayerNorm
-from npnorm.threads import LAUNCHERS, default_threads, get_threads, scratch, set_threads, share
+from npnorm.threads import LAUNCHERS, default_threads, get_threads, parallel_for, scratch, set_threads
 from tests.check import same_bits
 
 
@@ -35,14 +35,14 @@ def on_all_threads(n, work=lambda i: None):
         together.wait(timeout=20)
         work(i)
 
-    share(wait_and_work, n, n)
+    parallel_for(wait_and_work, n, n)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 1000])
 def test_each_index_is_called_once(threads, count):
     called = []
-    share(called.append, count, threads)
+    parallel_for(called.append, count, threads)
     assert sorted(called) == list(range(count))
 
 
@@ -55,23 +55,23 @@ def test_several_threads_take_part():
 
 def test_one_thread_is_the_callers():
     seen = set()
-    share(lambda i: seen.add(threading.get_ident()), 50, 1)
+    parallel_for(lambda i: seen.add(threading.get_ident()), 50, 1)
     assert seen == {threading.get_ident()}
 
 
 def test_more_threads_than_work_are_not_asked():
     seen = set()
-    share(lambda i: seen.add(threading.get_ident()), 1, 4)
+    parallel_for(lambda i: seen.add(threading.get_ident()), 1, 4)
     assert seen == {threading.get_ident()}
 
 
 def test_without_a_number_the_setting_counts():
     together = threading.Barrier(2)
     set_threads(2)
-    share(lambda i: together.wait(timeout=20), 2)  # two at once, or the barrier breaks
+    parallel_for(lambda i: together.wait(timeout=20), 2)  # two at once, or the barrier breaks
     set_threads(1)
     seen = set()
-    share(lambda i: seen.add(threading.get_ident()), 50)
+    parallel_for(lambda i: seen.add(threading.get_ident()), 50)
     assert seen == {threading.get_ident()}
 
 
@@ -96,7 +96,7 @@ def test_after_an_error_nothing_more_is_begun_and_later_work_runs(threads):
         time.sleep(0.001)
 
     with pytest.raises(ValueError, match="no"):
-        share(fail_at_first, 10_000, threads)
+        parallel_for(fail_at_first, 10_000, threads)
     assert len(begun) < 1000
     test_each_index_is_called_once(threads, 100)
     test_several_threads_take_part()
@@ -142,7 +142,7 @@ def test_what_is_shared_within_work_runs_on_its_thread():
 
     def outer(_):
         mine = threading.get_ident()
-        share(lambda j: pairs.append((mine, threading.get_ident(), j)), 20, 2)
+        parallel_for(lambda j: pairs.append((mine, threading.get_ident(), j)), 20, 2)
 
     on_all_threads(2, outer)
     assert len(pairs) == 40
@@ -156,7 +156,7 @@ def test_two_threads_of_the_caller_may_share_at_once():
     def caller(name):
         found = []
         for _ in range(50):
-            share(found.append, 40, 2)
+            parallel_for(found.append, 40, 2)
         sums[name] = sorted(found)
 
     threads = [threading.Thread(target=caller, args=(name,)) for name in "ab"]
@@ -219,7 +219,7 @@ print(os.waitpid(pid, 0)[1], np.array_equal(norm.forward(x)[0], expected))
 def test_a_process_may_be_forked_while_threads_work():
     said = program("""
 import os, signal, threading
-from npnorm.threads import share
+from npnorm.threads import parallel_for
 together, children = threading.Barrier(2), []
 def work(i):
     together.wait(timeout=20)
@@ -228,10 +228,10 @@ def work(i):
         if not children[0]:
             signal.alarm(30)
             both = threading.Barrier(2)
-            share(lambda j: both.wait(timeout=20), 2, 2)  # new threads
+            parallel_for(lambda j: both.wait(timeout=20), 2, 2)  # new threads
             os._exit(0)
         children.append(os.waitpid(children[0], 0)[1])
-share(work, 2, 2)
+parallel_for(work, 2, 2)
 print(children[1])
 """)
     assert said.split() == ["0"]

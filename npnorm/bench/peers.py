@@ -10,7 +10,7 @@ from npnorm.bench.grid import EPS, GROUPS, Case
 from npnorm.bench.naive import naive
 from npnorm.bench.needs import need
 from npnorm.bench.timing import Contender
-from npnorm.threads import get_threads, share
+from npnorm.threads import get_threads, parallel_for
 
 PIECE = 1 << 20
 """Bytes that a thread copies at least."""
@@ -148,7 +148,7 @@ def _pieces(problem: Problem, move: Callable) -> Contender:
     """Move x into `out`, a piece for each thread, but none below PIECE: to hand it over would cost more."""
     pieces = max(1, min(get_threads(), problem.x.nbytes // PIECE))
     to, of = (np.array_split(a.ravel(), pieces) for a in (problem.out, problem.x))
-    return Contender(lambda: share(lambda i: move(to[i], of[i]), pieces))
+    return Contender(lambda: parallel_for(lambda i: move(to[i], of[i]), pieces))
 
 
 PEERS: dict[str, Callable[[Problem], Contender]] = {

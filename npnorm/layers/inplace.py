@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from npnorm.arrays import Array, array_module, from_numpy
-from npnorm.threads import share
+from npnorm.threads import parallel_for
 
 BLOCK = 1 << 17
 """Elements of one operand in a block: with fewer the calls cost time, with more the arrays of a formula leave cache."""
@@ -72,7 +72,7 @@ def in_blocks(work: Callable[..., None], size: int, *arrays: Array) -> None:
     if array_module(arrays[0]) is not np or count <= step:
         work(*arrays)
     else:
-        share(lambda i: work(*(a[i * step : (i + 1) * step] for a in arrays)), -(-count // step))
+        parallel_for(lambda i: work(*(a[i * step : (i + 1) * step] for a in arrays)), -(-count // step))
 
 
 def sum_at(rows: Array, x: Array, count: int) -> Array:

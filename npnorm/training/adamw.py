@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from npnorm.arrays import Array, array_module, sqrt
-from npnorm.threads import share
+from npnorm.threads import parallel_for
 from npnorm.tree import Tree, leaves, map_tree
 
 BLOCK = 1 << 17
@@ -71,7 +71,7 @@ class AdamW:
             p -= change
 
         blocks = list(_blocks(self.params, grads, self.m, self.v))
-        share(lambda i: update(*blocks[i]), len(blocks))
+        parallel_for(lambda i: update(*blocks[i]), len(blocks))
 
 
 def _blocks(params: Tree, *others: Tree) -> Iterator[tuple[bool, Array, Array, Array, Array]]:

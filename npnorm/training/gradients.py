@@ -21,7 +21,7 @@ import numpy as np
 from npnorm.arrays import Array, array_module
 from npnorm.group import Solo
 from npnorm.layers import CrossEntropy
-from npnorm.threads import share
+from npnorm.threads import parallel_for
 from npnorm.transformer import Transformer
 from npnorm.tree import Tree, map_tree
 
@@ -50,7 +50,7 @@ def loss_and_grads(model: Transformer, inputs: Array, targets: Array) -> tuple[A
 
     blas = _blas()
     with blas.limit(limits=1, user_api="blas") if blas else contextlib.nullcontext():
-        share(work, len(pieces), None if blas else 1)
+        parallel_for(work, len(pieces), None if blas else 1)
     return sums.total
 
 
