@@ -1,73 +1,29 @@
-"""Threads that share pieces of work, and the scratch memory that each of them keeps.
+"""Threads that work on pieces of one call, and the scratch memory that each of them keeps.
 
 NumPy lets go of Python's lock inside its loops, so that plain threads run side by side. What is computed, and in which
 pieces, never depends on how many there are: any number of threads gives the same bits.
+
+A hand-over takes 8 us on 2 cores; with `concurrent.futures` 30 to 60 us, and two tasks of 1 ms take 5 to 9 % longer.
 """
 
+import collections
 import contextvars
+import functools
 import math
 import os
+import queue
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 LAUNCHERS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
-"""Set by the launcher of an MPI job, whose ranks share the cores already."""
+"""The launcher of an MPI job sets one of these. Its ranks share the cores already."""
 
 
 class _Settings:
     threads: int | None = None  # None: `default_threads`
-
-
-class _Helper(threading.Thread):
-    """A thread that waits for a task. Two bare locks hand it over in 15 us; a queue takes 50 us."""
-
-    def __init__(self) -> None:
-        super().__init__(name="npnorm", daemon=True)
-        self.given, self.done = threading.Lock(), threading.Lock()
-        self.given.acquire()
-        self.done.acquire()
-        self.task: Callable[[], None] = lambda: None
-        self.problem: BaseException | None = None
-        self.finished, self.idle = True, True
-
-    def run(self) -> None:
-        while True:
-            self.given.acquire()
-            try:
-                self.task()
-            except BaseException as problem:  # raised again where the work was given
-                self.problem = problem
-            del self.task  # and the arrays that it holds
-            self.done.release()
-            self.finished = True
-
-    def begin(self, task: Callable[[], None]) -> None:
-        self.task, self.problem, self.finished, self.idle = task, None, False, False
-        self.given.release()
-
-    def wait(self) -> None:
-        """Wait for the end of the task, if one was begun, whatever interrupts: it writes into the caller's arrays."""
-        interrupted: BaseException | None = None
-        while not self.idle:
-            try:
-                self.done.acquire()
-                self.idle = True
-            except BaseException as problem:
-                interrupted = problem
-                while not self.finished:
-                    time.sleep(0.001)
-                self.idle = self.done.locked()  # the interrupt came after the lock was taken
-        if interrupted:
-            raise interrupted
-
-
-_helpers: list[_Helper] = []
-_in_use = threading.Lock()
-_scratch = threading.local()
 
 
 def default_threads() -> int:
@@ -104,17 +60,17 @@ def get_threads() -> int:
     return default_threads() if _Settings.threads is None else _Settings.threads
 
 
-def parallel_for(work: Callable[[int], None], count: int, threads: int | None = None) -> None:
+def parallel_for(work: Callable[[int], object], count: int, threads: int | None = None) -> None:
     """Call `work(i)` for each i below `count`, on several threads; whichever is free takes the next i.
 
-    Each thread sees the caller's context, `np.errstate` included. If a call raises, no further one is begun, and the
-    error is raised here. Work that is shared from within work, or while another thread shares some, runs on the thread
-    it comes from.
+    Each thread sees a copy of the caller's context, `np.errstate` included. If a call raises, no further one is begun,
+    and the error is raised here, as an interrupt is, once no helper is in `work` any more. Within `work`,
+    `parallel_for` runs on the thread that calls it.
 
     Parameters
     ----------
     threads : int or None
-        At most so many; None: `get_threads()`.
+        At most so many threads take part; None: `get_threads()`.
 
     Examples
     --------
@@ -123,39 +79,92 @@ def parallel_for(work: Callable[[int], None], count: int, threads: int | None = 
     >>> squares
     [0, 1, 4]
     """
-    items = iter(range(count))  # taking the next of a range is one step for Python's lock
     n = min(get_threads() if threads is None else threads, count)
-    if n < 2 or not _in_use.acquire(blocking=False):
-        for i in items:
+    if n < 2 or _in_work.get():
+        for i in range(count):
             work(i)
         return
-
-    def some(items: Iterator[int] = items) -> None:
+    job = _Job(work, count)
+    while True:  # an interrupt may come at any step, and is caught at each from which helpers may be at work
         try:
-            for i in items:
-                work(i)
-        finally:
-            for _ in items:  # after an error nothing more is begun
-                pass
+            if job.left:
+                _ask_helpers(job, n - 1)
+                contextvars.copy_context().run(job.take_part)
+            while job.at_work:
+                for leaving in list(job.at_work):
+                    leaving.acquire()
+            break
+        except BaseException as problem:
+            job.left.clear()
+            job.problems.insert(0, problem)
+    del job.work  # and the arrays that it holds: a helper that comes late still has the job
+    if job.problems:
+        del job.problems[1:]
+        raise job.problems.pop()  # the job must forget it, since its traceback has the job
 
-    try:
-        while len(_helpers) < n - 1:
-            _helpers.append(_Helper())
-            _helpers[-1].start()
-        helpers = _helpers[: n - 1]
-        try:
-            for helper in helpers:
-                context = contextvars.copy_context()
-                helper.begin(lambda context=context: context.run(some))  # type: ignore[misc]
-            some()
-        finally:
-            for helper in helpers:
-                helper.wait()
-        for helper in helpers:
-            if helper.problem is not None:
-                raise helper.problem
-    finally:
-        _in_use.release()
+
+class _Job:
+    """The calls of one `parallel_for`. Each has its own: a helper that is late with an old one does no harm."""
+
+    def __init__(self, work: Callable[[int], object], count: int) -> None:
+        self.work, self.left = work, collections.deque(range(count))
+        self.at_work: list[threading.Lock] = []  # each helper that takes part holds one
+        self.problems: list[BaseException] = []
+
+    def take_part(self) -> None:
+        """Make calls until none is left."""
+        _in_work.set(True)  # in the copy of the context
+        while True:
+            try:
+                i = self.left.popleft()
+            except IndexError:
+                return
+            self.work(i)
+
+    def help(self) -> None:
+        """Take part on a helper, which says so before its first call and after its last."""
+        leaving = threading.Lock()
+        with leaving:
+            self.at_work.append(leaving)
+            try:
+                self.take_part()
+            except BaseException as problem:
+                self.left.clear()
+                self.problems.append(problem)
+            self.at_work.remove(leaving)
+
+
+_in_work = contextvars.ContextVar("npnorm.threads: in work", default=False)
+_helpers: list[threading.Thread] = []
+_scratch = threading.local()
+_tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+
+def _ask_helpers(job: _Job, n: int) -> None:
+    """Ask n helpers to take part. Nobody waits for one that comes late: it finds no call left."""
+    while len(_helpers) < n:
+        helper = threading.Thread(target=_serve, args=(_tasks,), name="npnorm", daemon=True)
+        helper.start()
+        _helpers.append(helper)  # after its start: what the list counts is there, whatever interrupts
+    for _ in range(n):
+        _tasks.put(functools.partial(contextvars.copy_context().run, job.help))
+
+
+def _serve(tasks: queue.SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        tasks.get()()  # a variable would hold the task until the next
+
+
+def _after_fork() -> None:
+    """Forget the helpers, which a forked process does not have."""
+    global _tasks
+    _tasks = queue.SimpleQueue()
+    _helpers.clear()
+    _in_work.set(False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -165,14 +174,3 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     if key not in kept or kept[key].size < size:
         kept[key] = np.empty(size, dtype)
     return kept[key][:size].reshape(shape)
-
-
-def _after_fork() -> None:
-    """Forget the threads, which a forked process does not have, and the lock that one of them may have held."""
-    global _in_use
-    _helpers.clear()
-    _in_use = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -1,9 +1,13 @@
+import contextvars
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,9 @@ import pytest
 from npnorm import GroupNorm, LayerNorm
 from npnorm.threads import LAUNCHERS, default_threads, get_threads, parallel_for, scratch, set_threads
 from tests.check import same_bits
+from tests.interrupts import on_all_threads
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -19,23 +26,21 @@ def the_setting_stays():
     set_threads(None)
 
 
-def program(text, **environment):
-    """Run a Python program; return its output."""
+@pytest.fixture
+def no_collector():
+    """Let an array live as long as something refers to it, and no longer: cycles are not collected."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def program(text, *arguments, **environment):
+    """Run a Python program, or with arguments a function of `tests/interrupts.py`; return its output."""
+    command = [sys.executable, "-c", text] if not arguments else [sys.executable, "-m", text, *map(str, arguments)]
     environment = os.environ | environment
-    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def on_all_threads(n, work=lambda i: None):
-    """Share n calls of `work`, one on each of n threads: each waits for all others before it begins."""
-    together = threading.Barrier(n)
-
-    def wait_and_work(i):
-        together.wait(timeout=20)
-        work(i)
-
-    parallel_for(wait_and_work, n, n)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -102,6 +107,35 @@ def test_after_an_error_nothing_more_is_begun_and_later_work_runs(threads):
     test_several_threads_take_part()
 
 
+def test_after_an_error_on_a_helper_nothing_more_is_begun():
+    caller, begun = threading.get_ident(), []
+
+    def fail_on_a_helper(i):
+        begun.append(i)
+        if threading.get_ident() != caller:
+            raise ValueError("no")
+        time.sleep(0.001)
+
+    with pytest.raises(ValueError, match="no"):
+        parallel_for(fail_on_a_helper, 10_000, 2)
+    assert len(begun) < 1000
+
+
+def test_the_error_of_the_caller_comes_first():
+    caller, failed = threading.get_ident(), threading.Event()
+
+    def fail(i):
+        if threading.get_ident() == caller:
+            assert failed.wait(timeout=20)
+            time.sleep(0.005)
+            raise KeyError("of the caller")
+        failed.set()
+        raise ValueError("of a helper")
+
+    with pytest.raises(KeyError, match="of the caller"):
+        on_all_threads(3, fail)
+
+
 def test_an_error_waits_for_the_other_threads():
     ended = []
 
@@ -117,37 +151,81 @@ def test_an_error_waits_for_the_other_threads():
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads on this system")
-def test_an_interrupt_waits_for_the_other_threads():
-    main, ended = threading.main_thread().ident, []
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.mark.parametrize(
+    ("when", "numbers"),
+    [
+        ("while_helpers_work", (2,)),
+        ("while_helpers_work", (3,)),
+        ("while_helpers_work", (4,)),
+        ("at_random", (2, 1)),
+        ("at_random", (3, 2)),
+        ("at_random", (4, 3)),
+        ("at_each_step", (2,)),
+        ("at_each_step", (3,)),
+        ("at_each_step_of_the_first_call", (3,)),
+        ("of_slow_helpers", (2,)),
+        ("of_slow_helpers", (3,)),
+        ("in_a_handler", (3,)),
+    ],
+)
+def test_an_interrupt_waits_for_the_other_threads(when, numbers):
+    program("tests.interrupts", when, *numbers)
 
-    def interrupt(i):
-        if threading.get_ident() != main:
-            time.sleep(0.02)  # the caller is done, and waits
-            signal.pthread_kill(main, signal.SIGINT)
-            time.sleep(0.05)
-            ended.append(i)
 
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            on_all_threads(2, interrupt)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert len(ended) == 1
-    test_several_threads_take_part()
+@pytest.mark.parametrize("bad", [{0}, {1}, {2}, {0, 1, 2}], ids=str)
+def test_nothing_holds_the_arrays_of_work_that_failed(bad, no_collector):
+    a = np.ones(5)
+    alive = weakref.ref(a)
+
+    def fail(i, a=a):
+        if i in bad:
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        on_all_threads(3, fail)
+    del a, fail
+    assert alive() is None
+
+
+def test_a_helper_that_comes_late_holds_no_arrays(no_collector):
+    for _ in range(100):
+        a = np.ones(5)
+        alive = weakref.ref(a)
+        parallel_for(lambda i, a=a: None, 3, 3)
+        del a
+        assert alive() is None
 
 
 def test_what_is_shared_within_work_runs_on_its_thread():
+    on_all_threads(3)  # one helper more than take part
     pairs = []
 
     def outer(_):
         mine = threading.get_ident()
-        parallel_for(lambda j: pairs.append((mine, threading.get_ident(), j)), 20, 2)
+        parallel_for(lambda j: (pairs.append((mine, threading.get_ident(), j)), time.sleep(0.001)), 20, 3)
 
     on_all_threads(2, outer)
     assert len(pairs) == 40
     assert all(outer == inner for outer, inner, _ in pairs)
     assert len({outer for outer, _, _ in pairs}) == 2
+
+
+def test_nobody_waits_for_the_work_of_others():
+    begun, end, called = threading.Barrier(4), threading.Event(), []
+
+    def all_helpers_work(i):
+        begun.wait(timeout=20)
+        assert end.wait(timeout=20)
+
+    other = threading.Thread(target=parallel_for, args=(all_helpers_work, 3, 3))
+    other.start()
+    begun.wait(timeout=20)
+    parallel_for(called.append, 40, 3)
+    assert sorted(called) == list(range(40))
+    assert not end.is_set()
+    end.set()
+    other.join(timeout=20)
+    assert not other.is_alive()
 
 
 def test_two_threads_of_the_caller_may_share_at_once():
@@ -237,6 +315,35 @@ print(children[1])
     assert said.split() == ["0"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_does_not_do_the_work_that_others_were_asked_for():
+    said = program("""
+import os, signal, threading
+from npnorm.threads import parallel_for
+begun, end, children, called = threading.Barrier(2), threading.Event(), [], []
+def busy(i):
+    if i == 1:
+        begun.wait(timeout=20)  # the only helper is at work
+    end.wait(timeout=20)
+threading.Thread(target=parallel_for, args=(busy, 2, 2)).start()
+begun.wait(timeout=20)
+def work(i):
+    called.append(i)
+    if i == 0:
+        children.append(os.fork())
+        if not children[0]:
+            signal.alarm(30)
+            both = threading.Barrier(2)
+            parallel_for(lambda j: both.wait(timeout=20), 2, 2)
+            os._exit(len(called) - 1)
+        children.append(os.waitpid(children[0], 0)[1])
+parallel_for(work, 20, 2)
+end.set()
+print(children[1], len(called))
+""")
+    assert said.split() == ["0", "20"]
+
+
 def test_workers_see_the_floating_point_settings_of_the_caller():
     seen = []
     with np.errstate(over="raise", divide="print", under="warn", invalid="ignore"):
@@ -252,6 +359,19 @@ def test_floating_point_errors_of_workers_are_raised_at_the_caller():
         on_all_threads(2, lambda i: huge * huge if i == 1 else None)
 
 
+def test_helpers_do_not_hold_the_context_of_the_caller(no_collector):
+    variable, a = contextvars.ContextVar("variable"), np.ones(5)
+    alive = weakref.ref(a)
+    token = variable.set(a)
+    on_all_threads(3)
+    variable.reset(token)
+    del a, token
+    end = time.monotonic() + 10
+    while alive() is not None and time.monotonic() < end:  # the helpers are about to leave it
+        time.sleep(0.001)
+    assert alive() is None
+
+
 def test_the_settings_of_the_caller_stay():
     set_threads(2)
     x = np.random.default_rng(3).standard_normal((1100, 1000)).astype("float32")
@@ -264,10 +384,13 @@ def test_the_settings_of_the_caller_stay():
         assert (np.geterr(), np.getbufsize()) == before
 
 
-def test_a_setting_that_work_changes_stays_on_its_thread():
-    before, caller = np.geterr(), threading.get_ident()
-    on_all_threads(2, lambda i: None if threading.get_ident() == caller else np.seterr(all="raise"))
+def test_a_setting_that_work_changes_stays_within_it():
+    before = np.geterr()
+    on_all_threads(2, lambda i: np.seterr(all="raise"))
     assert np.geterr() == before
+    seen = []
+    on_all_threads(2, lambda i: seen.append(np.geterr()))
+    assert seen == [before] * 2
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, np.int64(3)])
