@@ -23,7 +23,7 @@ import numpy as np
 
 from npnorm.arrays import PIECE, round_to
 from npnorm.terms import Factor, Tape, Term, Terms
-from npnorm.threads import scratch
+from npnorm.threads import _kept
 
 STRIP = 128
 """Rows, at most, that are added in working precision; the sums of strips are added in float64."""
@@ -70,7 +70,7 @@ NAMES: dict[str, Any] = {
     "float64": lambda a: a.astype(np.float64, copy=False),
     "float32": lambda a: a.astype(np.float32),
     "to_float32": lambda a: a.astype(np.float32).astype(a.dtype),
-    "scratch": scratch,
+    "scratch": _kept,
     "round_to": round_to,
 }
 """What the source of a kernel calls."""

@@ -7,19 +7,23 @@ A hand-over takes 8 us on 2 cores; with `concurrent.futures` 30 to 60 us, and tw
 """
 
 import collections
+import contextlib
 import contextvars
 import functools
 import math
 import os
 import queue
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 LAUNCHERS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
 """The launcher of an MPI job sets one of these. Its ranks share the cores already."""
+
+KEPT = 1 << 23
+"""Bytes of scratch memory that a thread keeps at most: a single huge row must not stay for ever."""
 
 
 class _Settings:
@@ -136,7 +140,6 @@ class _Job:
 
 _in_work = contextvars.ContextVar("npnorm.threads: in work", default=False)
 _helpers: list[threading.Thread] = []
-_scratch = threading.local()
 _tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
 
@@ -167,10 +170,52 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return memory to be written to, which this thread keeps for `name`: the same at each call, so it is in cache."""
-    kept: dict[Any, np.ndarray] = _scratch.__dict__
-    size, key = math.prod(shape), (name, dtype)
-    if key not in kept or kept[key].size < size:
-        kept[key] = np.empty(size, dtype)
-    return kept[key][:size].reshape(shape)
+class Scratch:
+    """Memory that one use after another has, see `scratch`."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, np.dtype], np.ndarray] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+        """Return an array to be written to; all arrays of one `name` and `dtype` may be the same memory."""
+        size, dtype = math.prod(shape), np.dtype(dtype)
+        memory = self._kept.get((name, dtype))
+        if memory is None or memory.size < size:
+            memory = np.empty(size, dtype)
+            if memory.nbytes <= KEPT:
+                if memory.nbytes + sum(kept.nbytes for kept in self._kept.values()) > KEPT:
+                    self._kept.clear()
+                self._kept[name, dtype] = memory
+        return memory[:size].reshape(shape)
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Scratch]:
+    """Lend this thread its scratch memory. It is in cache, since the thread keeps it from one use to the next.
+
+    While it is lent, another use on the thread gets fresh memory: a signal handler, or `__del__`, may evaluate a norm
+    in the midst of another.
+
+    Examples
+    --------
+    >>> with scratch() as memory:
+    ...     square = memory.empty("square", (2, 3), "float32")
+    """
+    free: list[Scratch] = _local.__dict__.setdefault("free", [])
+    try:
+        memory = free.pop()  # one step, which no signal divides
+    except IndexError:
+        memory = Scratch()
+    try:
+        yield memory
+    finally:
+        free[:] = [memory]  # one is kept: the outermost of those that were lent
+
+
+def _kept(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Return memory of this thread that is not lent: `npnorm.kernels` uses it."""
+    memory: Scratch = _local.__dict__.setdefault("kept", Scratch())
+    return memory.empty(name, shape, dtype)

@@ -13,7 +13,7 @@ import threading
 import time
 
 from npnorm import threads
-from npnorm.threads import parallel_for
+from npnorm.threads import parallel_for, scratch
 
 MAIN = threading.main_thread().ident
 
@@ -241,6 +241,26 @@ def in_a_handler(n):
         on_all_threads(n, send)
         assert len(work.ended) == n + 2 * (n - 1 if waits else 1)
     assert len(handled) >= 2
+
+
+def in_scratch():
+    """A use of scratch memory is interrupted at each step: what is lent is never lent again, and memory is kept."""
+    for k in itertools.count(1):
+        try:
+            with Interrupted(k), scratch() as outer:
+                a = outer.empty("a", (5,), "float32")
+                sys.settrace(None)
+                with scratch() as inner:
+                    assert inner is not outer
+            break
+        except KeyboardInterrupt:
+            addresses = set()
+            for _ in range(3):
+                with scratch() as memory:
+                    addresses.add(memory.empty("a", (5,), "float32").ctypes.data)
+            assert len(addresses) == 1
+    assert k > 30, f"{k} steps"
+    assert a.shape == (5,)
 
 
 if __name__ == "__main__":

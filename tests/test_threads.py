@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from npnorm import GroupNorm, LayerNorm
-from npnorm.threads import LAUNCHERS, default_threads, get_threads, parallel_for, scratch, set_threads
+from npnorm.threads import KEPT, LAUNCHERS, default_threads, get_threads, parallel_for, scratch, set_threads
 from tests.check import same_bits
 from tests.interrupts import on_all_threads
 
@@ -166,6 +167,7 @@ def test_an_error_waits_for_the_other_threads():
         ("of_slow_helpers", (2,)),
         ("of_slow_helpers", (3,)),
         ("in_a_handler", (3,)),
+        ("in_scratch", ()),
     ],
 )
 def test_an_interrupt_waits_for_the_other_threads(when, numbers):
@@ -436,29 +438,126 @@ def test_a_rank_of_an_mpi_job_takes_one_thread(launcher, monkeypatch):
     assert default_threads() == 2
 
 
-def test_scratch_is_the_same_memory_at_each_call():
-    a, b = scratch("a", (3, 4), "float32"), scratch("a", (2, 5), "float32")
-    assert (a.shape, b.shape, a.dtype) == ((3, 4), (2, 5), np.float32)
+def take(name, shape, dtype="float64"):
+    """Return scratch memory that is lent no more."""
+    with scratch() as memory:
+        return memory.empty(name, shape, dtype)
+
+
+def test_scratch_is_the_same_memory_at_each_use():
+    a, b = take("a", (3, 4), "float32"), take("a", (2, 5), np.float32)
+    assert (a.shape, b.shape, a.dtype, b.dtype) == ((3, 4), (2, 5), np.float32, np.float32)
     assert a.ctypes.data == b.ctypes.data
 
 
 def test_scratch_grows():
-    small, large = scratch("grows", (3,), "float64"), scratch("grows", (1000,), "float64")
+    small, large = take("grows", (3,)), take("grows", (1000,))
     large[...] = 7.0
     assert large.shape == (1000,)
     assert not np.shares_memory(small, large)
-    assert scratch("grows", (5,), "float64").tolist() == [7.0] * 5
+    assert take("grows", (5,)).tolist() == [7.0] * 5
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2)])
+def test_scratch_may_have_any_shape(shape):
+    assert take("any", shape).shape == shape
 
 
 def test_scratch_of_another_name_or_dtype_is_other_memory():
-    kept = [scratch("a", (9,), "float32"), scratch("b", (9,), "float32"), scratch("a", (9,), "float64")]
+    with scratch() as memory:
+        kept = [memory.empty(*what) for what in (("a", (9,), "f4"), ("b", (9,), "f4"), ("a", (9,), "f8"))]
     assert not any(np.shares_memory(a, b) for i, a in enumerate(kept) for b in kept[:i])
 
 
 def test_scratch_of_another_thread_is_other_memory():
     kept = []
-    on_all_threads(3, lambda i: kept.append(scratch("of a thread", (9,), "float32")))
+    on_all_threads(3, lambda i: kept.append(take("of a thread", (9,))))
     assert not any(np.shares_memory(a, b) for i, a in enumerate(kept) for b in kept[:i])
+
+
+def test_scratch_that_is_lent_is_not_lent_again():
+    with scratch() as outer:
+        a = outer.empty("a", (9,), "float64")
+        with scratch() as inner, scratch() as innermost:
+            kept = [a, *(memory.empty("a", (9,), "float64") for memory in (inner, innermost))]
+        kept.append(take("a", (9,)))
+        assert not any(np.shares_memory(a, b) for b in kept[1:])
+        assert not np.shares_memory(kept[1], kept[2])
+    assert take("a", (9,)).ctypes.data == a.ctypes.data  # it is the outermost that is kept
+
+
+def test_scratch_that_was_lent_within_another_is_not_kept(no_collector):
+    with scratch():
+        with scratch():
+            memory = weakref.ref(take("a", (9,)).base)
+    assert memory() is None
+
+
+def test_scratch_whose_uses_end_in_any_order_is_not_lent_twice():
+    first, second = scratch(), scratch()
+    a, b = first.__enter__().empty("a", (9,), "float64"), second.__enter__().empty("a", (9,), "float64")
+    first.__exit__(None, None, None)
+    with scratch() as third:
+        c = third.empty("a", (9,), "float64")
+        second.__exit__(None, None, None)
+        with scratch() as fourth:
+            d = fourth.empty("a", (9,), "float64")
+            assert not np.shares_memory(c, d)
+        assert not np.shares_memory(b, c)
+    assert not np.shares_memory(a, b)
+
+
+def test_scratch_is_lent_again_after_an_error():
+    a = take("a", (9,))
+    with pytest.raises(ValueError, match="no"), scratch():
+        raise ValueError("no")
+    assert take("a", (9,)).ctypes.data == a.ctypes.data
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
+def test_a_signal_handler_does_not_overwrite_the_scratch_of_what_it_interrupts():
+    handled = wrong = 0
+
+    def evaluate(value):
+        with scratch() as memory:
+            a = memory.empty("a", (1000,), "float64")
+            a[...] = value
+            for _ in range(20):
+                a += 1.0
+            return bool((a != value + 20.0).any())
+
+    def handler(*_):
+        nonlocal handled, wrong
+        handled, wrong = handled + 1, wrong + evaluate(100.0)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        end = time.monotonic() + 10
+        while handled < 300 and time.monotonic() < end:
+            wrong += evaluate(0.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert wrong == 0
+    assert handled >= 300
+
+
+def test_scratch_that_is_kept_has_a_bound():
+    tracemalloc.start()
+    try:
+        for shape in [(KEPT // 8 + 1,), (10 * KEPT,)]:  # too large
+            take("large", shape)
+        assert tracemalloc.get_traced_memory()[0] < KEPT // 8
+        for dtype in ("float32", "float64"):
+            for i in range(20):
+                take(f"part {i}", (KEPT // 64,), dtype)
+                assert tracemalloc.get_traced_memory()[0] < KEPT + KEPT // 8
+        assert tracemalloc.get_traced_memory()[0] > KEPT // 8
+    finally:
+        tracemalloc.stop()
+    a = take("of the bound", (KEPT // 8,))
+    assert a.ctypes.data == take("of the bound", (KEPT // 8,)).ctypes.data
 
 
 def test_threads_do_not_mix_their_scratch():
