@@ -17,6 +17,7 @@ In the order of reading:
     child.py         the process that measures: one heap, one number of threads
     run.py           starts these processes
     machine.py       the machine, the versions
+    rows.py          rows that need care, beside ordinary ones
     table.py         tables, for the terminal and for a page
     report.py        what was measured as tables
     summary.py       a line for each goal

@@ -15,7 +15,7 @@ from npnorm.bench.page import markdown, refresh, text
 from npnorm.bench.peers import PACKAGES, PEERS
 from npnorm.bench.plot import plot
 from npnorm.bench.records import Measured, from_json, to_json
-from npnorm.bench.run import plans, regimes, run, thread_counts
+from npnorm.bench.run import plans, regimes, rows, run, thread_counts
 
 COMMAND = "python -m npnorm.bench"
 FILES = ("--json", "--load", "--plot", "--write")
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except gpu.NoGPU as problem:
             parser.exit(1, f"{problem}\n")
         return
+    if options.rows:
+        parser.exit(rows(cores()))
     try:
         if options.plot or options.write:
             need("matplotlib.figure")
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw bytes per second by size: .svg, .png")
     parser.add_argument("--write", type=Path, metavar="FILE", help="refresh the tables of a page such as docs/speed.md")
     parser.add_argument("--gpu", action="store_true", help="CuPy arrays against torch on a GPU, and nothing else")
+    parser.add_argument("--rows", action="store_true", help="rows that need care against ordinary ones: 2 minutes")
     return parser
 
 

@@ -113,3 +113,10 @@ def _in_a_process(plan: Plan) -> Measured:
         if done.returncode:
             raise RuntimeError(f"The process that measures ({plan.label}) ended with status {done.returncode}.")
         return from_json(json.loads(back.read_text(encoding="utf-8")))
+
+
+def rows(threads: int) -> int:
+    """Run `npnorm.bench.rows` in the retained heap, if there is one, and return its exit status."""
+    plan = Plan("", (), (), (), regimes()[-1], threads)
+    command = [sys.executable, "-m", "npnorm.bench.rows"]
+    return subprocess.run(command, env=environment(plan, os.environ), check=False).returncode
