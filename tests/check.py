@@ -1,9 +1,8 @@
-"""What the tests share: comparison, derivatives without a derivation, and norms in sixty decimal digits.
+"""What the tests share: comparison, derivatives without a derivation, and exact norms.
 
 A layer comes as `make` and `params`: `make(params)` builds it, so that its parameters can be varied, complex ones too.
 """
 
-import decimal
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import scipy.differentiate
 
-from npnorm.layers import CrossEntropy
+from npnorm.conformance.exact import exact_norm as exact_norm
 from npnorm.tree import leaves, map_tree
+from npnorm.layers import CrossEntropy
 
 STEP = 1e-30
 """The complex step: its square vanishes beside 1, so that the derivative has no truncation error."""
@@ -164,24 +164,3 @@ def check_finite_differences(
     step = {"initial_step": 1e-2, "maxiter": 4}
     numeric = scipy.differentiate.jacobian(lambda points: np.apply_along_axis(loss_of, 0, points), flat(at), **step).df
     close(flat(gradient), numeric, tolerance)
-
-
-def exact_norm(x: Any, w: Any, b: Any, eps: float, dy: Any, centred: bool) -> tuple[np.ndarray, ...]:
-    """Return y, dx, dw, db of LayerNorm (centred) or RMSNorm: the textbook in sixty decimal digits, then float64.
-
-    The exponent of a Decimal has no end that a float could reach: this is right over the whole range.
-    """
-    with decimal.localcontext(prec=60):
-        x, w, b, dy = (np.vectorize(decimal.Decimal, otypes=[object])(np.asarray(a, np.float64)) for a in (x, w, b, dy))
-        n = x.shape[-1]
-
-        def mean(a: np.ndarray) -> np.ndarray:
-            return a.sum(axis=-1, keepdims=True) / n
-
-        c = x - mean(x) if centred else x
-        rstd = 1 / np.sqrt(mean(c * c) + decimal.Decimal(eps))
-        z = c * rstd
-        dz = dy * w
-        dx = rstd * (dz - (mean(dz) if centred else 0) - z * mean(dz * z))
-        rows = tuple(range(x.ndim - 1))
-        return tuple(a.astype(np.float64) for a in (z * w + b, dx, (dy * z).sum(axis=rows), dy.sum(axis=rows)))

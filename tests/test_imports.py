@@ -32,7 +32,7 @@ FLOORS = [
     {"layers"},
     {"blocks", "config"},
 ]
-FLOORS += [{"transformer"}, {"training"}, {"__init__"}, {"studies", "bench"}]
+FLOORS += [{"transformer"}, {"training"}, {"__init__"}, {"conformance"}, {"studies", "bench"}]
 
 
 def part(name):

@@ -2,5 +2,5 @@
 
     python -m npnorm.studies.accuracy --write docs/accuracy.md    npnorm and other libraries beside exact arithmetic
 
-Nothing in the rest of the package imports a study, and what a study needs beside NumPy is imported when it runs.
+Nothing in the rest of the package imports a study.
 """

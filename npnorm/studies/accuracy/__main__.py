@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from npnorm.studies.accuracy import cases
-from npnorm.studies.accuracy.formats import FORMATS
-from npnorm.studies.accuracy.needs import Missing, need
-from npnorm.studies.accuracy.page import page
-from npnorm.studies.accuracy.peers import PEERS, Peer
-from npnorm.studies.accuracy.problems import NORMS
-from npnorm.studies.accuracy.run import run
-from npnorm.studies.accuracy.scoreboard import scoreboards
+try:
+    from tqdm import tqdm
+
+    from npnorm.conformance.cases import FULL, QUICK
+    from npnorm.conformance.textbook import NORMS
+    from npnorm.conformance.ulps import DTYPES
+    from npnorm.studies.accuracy.measure import run
+    from npnorm.studies.accuracy.page import cells, page, scoreboards
+    from npnorm.studies.accuracy.peers import PEERS, Peer
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed. The packages of the study come with the extra npnorm[accuracy].")
 
 COMMAND = "python -m npnorm.studies.accuracy"
 
@@ -24,38 +27,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.write and not options.write.parent.is_dir():
         parser.error(f"--write {options.write}: there is no folder {options.write.parent}")
-    try:
-        tqdm = need("tqdm").tqdm
-        need("gmpy2")
-        for dtype in options.dtypes:
-            FORMATS[dtype].dtype  # noqa: B018, asks for ml_dtypes
-        peers = _load(options.peers)
-    except Missing as missing:
-        parser.exit(1, f"{missing}\n")
+    peers = _load(parser, options.peers)
 
     def progress(work: list) -> Iterable:
         return tqdm(work, unit=" problems", leave=False, disable=None)  # None: if nobody watches
 
-    sizes = cases.QUICK if options.quick else cases.FULL
-    records = run(peers, options.norms, options.dtypes, sizes, progress)
-    print(scoreboards(records))
+    frame = run(peers, options.norms, options.dtypes, QUICK if options.quick else FULL, progress)
+    print(scoreboards(frame))
     if options.write:
+        data = options.write.parent / "data" / f"{options.write.stem}.csv"
+        data.parent.mkdir(exist_ok=True)
+        cells(frame).to_csv(data, index=False)
         command = f"{COMMAND} {shlex.join(sys.argv[1:] if argv is None else argv)}"
-        options.write.write_text(page(records, peers, command) + "\n", encoding="utf-8")
-        print(f"\nwritten: {options.write}")
+        text = page(frame, peers, command, f"data/{data.name}")
+        options.write.write_text(text + "\n", encoding="utf-8")
+        print(f"\nwritten: {options.write}, {data}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND, description="Hold norms against exact arithmetic.")
     parser.add_argument("--norms", type=_some_of(NORMS), default=list(NORMS), help=f"of {','.join(NORMS)}")
-    parser.add_argument("--dtypes", type=_some_of(FORMATS), default=list(FORMATS), help=f"of {','.join(FORMATS)}")
+    parser.add_argument("--dtypes", type=_some_of(DTYPES), default=list(DTYPES), help=f"of {','.join(DTYPES)}")
     parser.add_argument("--peers", type=_some_of(PEERS), help=f"of {','.join(PEERS)}; those installed if left out")
     parser.add_argument(
         "--quick",
         action="store_true",
         help="leave out the rows of a million elements: 2 minutes and 2 GB of memory instead of 10 and 6",
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page with all tables")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page, and all cells into data/ beside it")
     return parser
 
 
@@ -69,16 +68,17 @@ def _some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _load(names: Sequence[str] | None) -> list[Peer]:
+def _load(parser: argparse.ArgumentParser, names: Sequence[str] | None) -> list[Peer]:
     """Return the peers of these names, which must be there; without names, those that are."""
-    if names is not None:
-        return [PEERS[name]() for name in names]
     peers = []
-    for name, load in PEERS.items():
+    for name in names or PEERS:
         try:
-            peers.append(load())
-        except Missing as missing:
-            print(f"without {name}: {missing}")
+            peers.append(PEERS[name]())
+        except ModuleNotFoundError as missing:
+            said = f"{missing.name} is not installed; it comes with the extra npnorm[accuracy]"
+            if names:
+                parser.exit(1, f"{said}\n")
+            print(f"without {name}: {said}")
     return peers
 
 

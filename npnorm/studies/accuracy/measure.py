@@ -1,19 +1,25 @@
-"""How far a result is from the exact one.
+"""Every peer on every problem, and how far from the exact one each result is.
 
 The error of an array is its largest |came - exact|, in ulps of the dtype at the largest exact number of the row (of y
 and dx) or of the vector (of dw and db). Rounding the exact numbers correctly gives 0.5 at most.
 """
 
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from npnorm.studies.accuracy.exact import Exact
+from npnorm.conformance.cases import Sizes, cases
+from npnorm.conformance.exact import Exact, exact
+from npnorm.conformance.problems import Problem, pose
+from npnorm.studies.accuracy.peers import Peer
 
 
 class Verdict(StrEnum):
-    """What kind of result it is."""
+    """What kind of result it is, from good to bad."""
 
     NUMBER = "number"
     WRONG = "wrong"  # off by 1 % of scale or more, and by more than 8 ulps: those of bfloat16 are nearly 1 %
@@ -41,6 +47,41 @@ class Cell(NamedTuple):
     share: float = np.inf
     missed: int = 0
     elements: int = 0
+
+
+def run(
+    peers: Sequence[Peer],
+    norms: Sequence[str],
+    dtypes: Sequence[str],
+    sizes: Sizes,
+    progress: Callable[[list], Iterable] = iter,
+) -> pd.DataFrame:
+    """Return a line for each peer, dtype, norm, case and result (y, dx, dw, db): its cell, and the peer's words.
+
+    `progress` wraps the list of problems.
+    """
+    work = [(dtype, case, norm) for dtype in dtypes for case in cases(dtype, sizes) for norm in norms]
+    lines: list[dict[str, Any]] = []
+    for dtype, case, norm in progress(work):
+        problem = pose(norm, case)
+        right = exact(problem)
+        place = {"dtype": dtype, "norm": norm, "case": case.name, "n": case.x.shape[1]}
+        for peer in peers:
+            lines += ({"peer": peer.name, **place, **line} for line in _lines(peer, problem, right))
+    return pd.DataFrame(lines)
+
+
+def _lines(peer: Peer, problem: Problem, right: dict[str, Exact]) -> Iterator[dict[str, Any]]:
+    came, refusal = {}, ""
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):  # what overflows is seen in the results
+            warnings.simplefilter("ignore")
+            came = peer.results(problem)
+    except Exception as error:
+        refusal = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    for name, array in right.items():
+        cell = Cell(Verdict.REFUSED) if refusal else measure(came[name], array)
+        yield {"result": name, **cell._asdict(), "refusal": refusal}
 
 
 def measure(came: np.ndarray, exact: Exact) -> Cell:
