@@ -1,115 +1,80 @@
 """The same question on a GPU: npnorm on CuPy arrays, torch eager and compiled, and the copy of the device.
 
-Times are those between two events of the default stream, on which CuPy and torch both work here, after warm-up, in
-turns, medians. x has 256 MiB in float32 and half of it in 16 bits: more than the L2 cache of the device, which is
-printed, so that nothing of a call is left there for the next one.
+x has 256 MiB in float32 and half of it in bfloat16: more than the L2 cache of the device, so that nothing of a call is
+left there for the next one. Times are those of the device, medians, in turns.
 """
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import pandas as pd
+import torch
 
 from npnorm import norms
+from npnorm.arrays import array_module, empty_on
 from npnorm.bench.grid import EPS
-from npnorm.bench.needs import Missing, need
 from npnorm.bench.peers import torch_norm
-from npnorm.bench.table import Table
 from npnorm.bench.timing import turns
 
 SHAPE = 8192, 8192
-WARM, ROUNDS = 5, 30
-ARRAYS = {"forward": 2, "backward": 3}
-"""Of the size of x, that must be read or written at least; a copy moves two."""
-
-
-class NoGPU(Exception):
-    """There is no GPU that CuPy can use, or no CuPy."""
+ROUNDS, REPEAT, WARM = 4, 10, 3
+ARRAYS = {"copy": 2, "forward": 2, "backward": 3}
+"""Of the size of x, that must be read or written at least."""
 
 
 def report(quick: bool = False) -> str:
-    """Measure, and return the tables.
-
-    Parameters
-    ----------
-    quick : bool
-        Without torch.compile.
+    """Measure, and return the tables; `quick` leaves out torch.compile.
 
     Raises
     ------
-    NoGPU
-        In one line.
+    ImportError, OSError
+        Without CuPy, or a GPU for it or for torch.
     """
-    try:
-        xp = need("cupy.cuda")
-        torch = need("torch")
-    except Missing as missing:
-        raise NoGPU(f"{missing}, CuPy with: pip install 'npnorm[gpu]'") from None
-    if not xp.cuda.is_available():
-        raise NoGPU("CuPy finds no GPU: there is nothing to measure.")
+    xp = array_module(empty_on("gpu"))
     if not torch.cuda.is_available():
-        raise NoGPU("torch finds no GPU: it is built without CUDA, so there is nothing to compare with.")
-    device = xp.cuda.runtime.getDeviceProperties(0)
-    l2 = device["l2CacheSize"] / 2**20
-    head = f"{device['name'].decode()}, L2 cache {l2:.0f} MiB; CuPy {xp.__version__}, torch {torch.__version__}"
-    narrow = "bfloat16" if _has_bfloat16(xp) else "float16"
-    cases = [(norm, dtype) for norm in ("RMSNorm", "LayerNorm") for dtype in ("float32", narrow)]
-    return "\n\n".join([head, *(_table(xp, torch, norm, dtype, quick).text() for norm, dtype in cases)])
+        raise OSError("torch finds no GPU: it is built without CUDA, so there is nothing to compare with.")
+    name = xp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    parts = [f"{name}; CuPy {xp.__version__}, torch {torch.__version__}"]
+    for norm in ("RMSNorm", "LayerNorm"):
+        for dtype in ("float32", "bfloat16"):
+            calls, off = _calls(xp, norm, dtype, quick)
+            title = f"{norm} {SHAPE[0]}x{SHAPE[1]} {dtype}; largest difference from torch {off:.1e}"
+            nbytes = SHAPE[0] * SHAPE[1] * np.dtype(dtype).itemsize
+            parts.append(f"{title}\n\n{_table(calls, nbytes).to_markdown(floatfmt='.3g')}")
+    return "\n\n".join(parts)
 
 
-def _has_bfloat16(xp: Any) -> bool:
-    """Return whether CuPy takes the bfloat16 of ml_dtypes, as it does from version 14 on."""
-    try:
-        xp.ones(1, need("ml_dtypes").bfloat16) + 1
-    except (Missing, TypeError, ValueError):
-        return False
-    return True
+def _table(calls: dict[str, Callable[[], Any]], nbytes: int) -> pd.DataFrame:
+    from cupyx.profiler import benchmark
 
-
-def _table(xp: Any, torch: Any, norm: str, dtype: str, quick: bool) -> Table:
-    calls, problem = _calls(xp, torch, norm, dtype, quick)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(WARM + ROUNDS):
+    for i in range(ROUNDS):
         for name in turns(list(calls), i):
-            seconds = _seconds(xp.cuda, calls[name])
-            if i >= WARM:
-                samples[name].append(seconds)
-    median = {name: statistics.median(some) for name, some in samples.items()}
-    nbytes = SHAPE[0] * SHAPE[1] * (4 if dtype == "float32" else 2)
-    rows = []
-    for op, arrays in ARRAYS.items():
-        for name in (name for name in calls if name.startswith(op)):
-            seconds = median[name]
-            rows.append(
-                [
-                    name,
-                    f"{seconds * 1e3:.3f}",
-                    f"{seconds / median[f'{op} torch']:.2f}",
-                    f"{arrays * nbytes / seconds / 1e9:.0f}",
-                    f"{100 * median['copy'] * arrays / 2 / seconds:.0f}",
-                ]
-            )
-    rows.append(["copy", f"{median['copy'] * 1e3:.3f}", "", f"{2 * nbytes / median['copy'] / 1e9:.0f}", "100"])
-    title = f"{norm} {SHAPE[0]}x{SHAPE[1]} {dtype}; largest difference from torch {problem:.1e}"
-    return Table(title, ["call", "ms", "/ torch", "GB/s", "% of copy"], rows)
+            samples[name] += benchmark(calls[name], n_repeat=REPEAT, n_warmup=WARM).gpu_times[0].tolist()
+    seconds = pd.Series({name: np.median(some) for name, some in samples.items()})
+    op = seconds.index.str.split().str[0]
+    moved = nbytes * op.map(ARRAYS).to_numpy()
+    base = [seconds.get(f"{name} torch", np.nan) for name in op]
+    rate, copied = moved / seconds, 2 * nbytes / seconds["copy"]
+    return pd.DataFrame({"ms": seconds * 1e3, "/ torch": seconds / base, "GB/s": rate / 1e9, "of copy": rate / copied})
 
 
-def _calls(xp: Any, torch: Any, norm: str, dtype: str, quick: bool) -> tuple[dict[str, Callable[[], Any]], float]:
+def _calls(xp: Any, norm: str, dtype: str, quick: bool) -> tuple[dict[str, Callable[[], Any]], float]:
     """Return what is timed by name, and the largest difference between npnorm's y and torch's."""
     rng = np.random.default_rng(0)
     host = [rng.standard_normal(shape, np.float32) for shape in (SHAPE, SHAPE, SHAPE[1:], SHAPE[1:])]
-    kind = need("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
-    x, dy, w, b = (xp.asarray(a).astype(kind) for a in host)
-    tx, tdy, tw, tb = (torch.from_numpy(a).cuda().to(getattr(torch, dtype)) for a in host)
-    params, inputs = ([w], [tx, tw]) if norm == "RMSNorm" else ([w, b], [tx, tw, tb])
-    for tensor in inputs:
-        tensor.requires_grad_()
+    kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+    x, dy, *params = (xp.asarray(a).astype(kind) for a in host)
+    tx, tdy, *tparams = (torch.from_numpy(a).cuda().to(getattr(torch, dtype)) for a in host)
+    count = 1 if norm == "RMSNorm" else 2
+    inputs = [tensor.requires_grad_() for tensor in (tx, *tparams[:count])]
     to = xp.empty_like(x)
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: xp.copyto(to, x)}
     for compute in ("float32", "float64"):
-        layer = getattr(norms, norm)(*params, eps=EPS, compute=compute)
+        layer = getattr(norms, norm)(*params[:count], eps=EPS, compute=compute)
         y, saved = layer.forward(x)
         calls[f"forward {compute}"] = partial(layer.forward, x)
         calls[f"backward {compute}"] = partial(layer.backward, dy, saved)
@@ -122,13 +87,3 @@ def _calls(xp: Any, torch: Any, norm: str, dtype: str, quick: bool) -> tuple[dic
         calls[f"backward {name}"] = partial(torch.autograd.grad, ty, inputs, tdy, retain_graph=True)
     difference = np.abs(xp.asnumpy(y.astype("float32")) - ty.detach().float().cpu().numpy()).max()
     return calls, float(difference)
-
-
-def _seconds(cuda: Any, call: Callable[[], Any]) -> float:
-    start, end = cuda.Event(), cuda.Event()
-    start.record()
-    result = call()
-    end.record()
-    end.synchronize()
-    del result
-    return cuda.get_elapsed_time(start, end) / 1e3

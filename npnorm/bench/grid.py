@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 NORMS = ("RMSNorm", "LayerNorm", "BatchNorm", "GroupNorm")
-"""The norms that are measured."""
+"""The norms that are held against other libraries."""
 
 GROUPS = 8
 """Groups of every GroupNorm."""
@@ -12,11 +12,8 @@ GROUPS = 8
 EPS = 1e-5
 """Of every norm."""
 
-SECTIONS = ("norms", "small", "step", "scaling", "memory")
-"""The parts of a run, in the order of the report."""
-
-ITEMSIZE = 4
-"""Bytes of a float32."""
+SECTIONS = ("norms", "small", "step", "rows", "scaling", "memory")
+"""The parts of a run, in the order of the tables."""
 
 
 class Case(NamedTuple):
@@ -25,15 +22,12 @@ class Case(NamedTuple):
     Examples
     --------
     >>> case = Case("RMSNorm", (8192, 8192))
-    >>> str(case), case.mebibytes
-    ('RMSNorm 8192x8192', 256.0)
+    >>> case.size, case.mib
+    ('8192x8192', 256.0)
     """
 
     norm: str
     shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.norm} {self.size}"
 
     @property
     def size(self) -> str:
@@ -41,19 +35,9 @@ class Case(NamedTuple):
         return "x".join(map(str, self.shape))
 
     @property
-    def nbytes(self) -> int:
-        """The bytes of x."""
-        return ITEMSIZE * math.prod(self.shape)
-
-    @property
-    def mebibytes(self) -> float:
+    def mib(self) -> float:
         """The size of x in MiB."""
-        return self.nbytes / 2**20
-
-    @property
-    def params(self) -> int:
-        """How many elements weight and bias have."""
-        return self.shape[1]
+        return math.prod(self.shape) / 2**18
 
 
 def traffic(norm: str, op: str) -> int:
@@ -83,7 +67,7 @@ class Effort(NamedTuple):
     least, most : int
         Rounds; in each every contender has one turn.
     warm : int
-        Rounds before the first that counts.
+        Rounds before the first that counts, at least one.
     turn : float
         Seconds: a contender that is faster is called several times in its turn.
     """
@@ -107,15 +91,17 @@ class Sizes(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """All that a run measures: cases of four sections, the transformer, and the effort."""
+    """All that a run measures: cases of four sections, the transformer, the rows that need care, and the effort."""
 
     norms: tuple[Case, ...]
     small: tuple[Case, ...]
     scaling: tuple[Case, ...]
     memory: tuple[Case, ...]
     step: Sizes
+    large_rows: bool
     effort: Effort
     step_effort: Effort
+    rows_effort: Effort
 
 
 def _both(*shapes: tuple[int, ...]) -> tuple[Case, ...]:
@@ -138,8 +124,10 @@ FULL = Grid(
     ),
     memory=(*_both((2048, 4096)), *_images((32, 64, 56, 56))),
     step=Sizes(),
+    large_rows=True,
     effort=Effort(seconds=5, least=9, most=200),
     step_effort=Effort(seconds=12, least=9, most=40),
+    rows_effort=Effort(seconds=0.3, least=2, most=25, warm=1),
 )
 
 QUICK = Grid(
@@ -148,8 +136,10 @@ QUICK = Grid(
     scaling=_both((256, 1024), (16384, 64), (16, 65536)),
     memory=_both((2048, 4096)),
     step=Sizes(),
+    large_rows=False,
     effort=Effort(seconds=0.4, least=5, most=50, warm=1),
-    step_effort=Effort(seconds=1, least=3, most=5, warm=0),
+    step_effort=Effort(seconds=1, least=3, most=5, warm=1),
+    rows_effort=Effort(seconds=0.2, least=3, most=25, warm=1),
 )
 
 TINY = Grid(
@@ -158,8 +148,10 @@ TINY = Grid(
     scaling=_both((16, 64)),
     memory=_both((256, 1024)),
     step=Sizes(depth=1, width=32, heads=2, length=16, batch=2, vocabulary=32),
-    effort=Effort(seconds=0.01, least=3, most=5, warm=1, turn=1e-4),
-    step_effort=Effort(seconds=0.01, least=3, most=3, warm=1, turn=1e-4),
+    large_rows=False,
+    effort=Effort(seconds=0, least=3, most=5, warm=1, turn=1e-4),
+    step_effort=Effort(seconds=0, least=3, most=3, warm=1, turn=1e-4),
+    rows_effort=Effort(seconds=0, least=2, most=2, warm=1, turn=1e-4),
 )
 
 GRIDS = {"full": FULL, "quick": QUICK, "tiny": TINY}

@@ -7,36 +7,33 @@ of a tensor. Both after a first call, so that scratch memory which is kept for t
 import json
 import tempfile
 import tracemalloc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from npnorm.bench.grid import Case
-from npnorm.bench.needs import need
 from npnorm.bench.peers import contenders
-from npnorm.bench.records import MemoryUse
 
 MEASURED = ("f64", "f32", "out", "naive", "torch")
 """The peers whose memory is measured."""
 
 
-def memory(case: Case, peers: Sequence[str]) -> list[MemoryUse]:
-    """Measure forward and backward of each peer; results of forward are there before backward begins."""
-    found = []
+def memory(case: Case, peers: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield a line for each peer and operation; results of forward are there before backward begins."""
     for name in (name for name in MEASURED if name in peers):
         forward, backward = contenders(case, [name], copies=False)[name]
         if backward is None:
             continue
         backward(forward())  # scratch memory, and whatever is made once
-        peak = _peak_of_torch if name == "torch" else _peak
-        state, there = peak(forward)
-        _, back = peak(partial(backward, state))
-        found.append(MemoryUse(case.norm, case.shape, name, there, back))
-    return found
+        measure = peak_of_torch if name == "torch" else peak
+        state, there = measure(forward)
+        _, back = measure(partial(backward, state))
+        yield {"peer": name, "op": "forward", "extra": there}
+        yield {"peer": name, "op": "backward", "extra": back}
 
 
-def _peak(call: Callable[[], Any]) -> tuple[Any, int]:
+def peak(call: Callable[[], Any]) -> tuple[Any, int]:
     """Return what a call returns, and its largest extra memory in bytes."""
     tracemalloc.start()
     try:
@@ -47,13 +44,15 @@ def _peak(call: Callable[[], Any]) -> tuple[Any, int]:
         tracemalloc.stop()
 
 
-def _peak_of_torch(call: Callable[[], Any]) -> tuple[Any, int]:
-    profiler = need("torch.profiler").profiler
-    with profiler.profile(activities=[profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+def peak_of_torch(call: Callable[[], Any]) -> tuple[Any, int]:
+    """Return the same of a call to torch."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
+        profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     return result, highest(events)
 

@@ -1,15 +1,16 @@
 """Who is measured on a norm, on the same arrays: npnorm, the textbook, torch, JAX; and the copy that none can beat."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from npnorm import norms
 from npnorm.bench.grid import EPS, GROUPS, Case
-from npnorm.bench.naive import naive
-from npnorm.bench.needs import need
 from npnorm.bench.timing import Contender
+from npnorm.conformance import textbook
+from npnorm.conformance.textbook import Textbook, layout
 from npnorm.threads import get_threads, parallel_for
 
 PIECE = 1 << 20
@@ -17,13 +18,12 @@ PIECE = 1 << 20
 
 
 class Problem(NamedTuple):
-    """A case and its float32 arrays: x, dy, weight and bias; `out` and `dout` are there to be written to."""
+    """A case and its float32 arrays: x, dy, weight and bias (none for RMSNorm); results may go to `out` and `dout`."""
 
     case: Case
     x: np.ndarray
     dy: np.ndarray
-    w: np.ndarray
-    b: np.ndarray
+    params: list[np.ndarray]
     out: np.ndarray
     dout: np.ndarray
 
@@ -33,36 +33,23 @@ def pose(case: Case) -> Problem:
 
     Examples
     --------
-    >>> pose(Case("RMSNorm", (3, 8))).w.shape
-    (8,)
+    >>> [a.shape for a in pose(Case("LayerNorm", (3, 8))).params]
+    [(8,), (8,)]
     """
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal(case.shape, np.float32) for _ in range(2))
-    w, b = (rng.standard_normal(case.params, np.float32) for _ in range(2))
-    return Problem(case, x, dy, w, b, np.zeros_like(x), np.zeros_like(x))
+    params = [rng.standard_normal(case.shape[1], np.float32) for _ in range(1 + (case.norm != "RMSNorm"))]
+    return Problem(case, x, dy, params, np.zeros_like(x), np.zeros_like(x))
 
 
 def own(problem: Problem, compute: str) -> Any:
     """Return the norm of npnorm that a problem asks for, computing in "float32" or "float64"."""
-    kind, w, b = getattr(norms, problem.case.norm), problem.w, problem.b
-    if problem.case.norm == "RMSNorm":
-        return kind(w, eps=EPS, compute=compute)
-    if problem.case.norm == "GroupNorm":
-        return kind(GROUPS, w, b, eps=EPS, compute=compute)
-    return kind(w, b, eps=EPS, compute=compute)
+    groups = [GROUPS] * (problem.case.norm == "GroupNorm")
+    return getattr(norms, problem.case.norm)(*groups, *problem.params, eps=EPS, compute=compute)
 
 
-def _float64(problem: Problem) -> Contender:
-    return _fresh(problem, "float64")
-
-
-def _float32(problem: Problem) -> Contender:
-    return _fresh(problem, "float32")
-
-
-def _fresh(problem: Problem, compute: str) -> Contender:
-    norm, x, dy = own(problem, compute), problem.x, problem.dy
-    return Contender(lambda: norm.forward(x), lambda state: norm.backward(dy, state[1]))
+def _fresh(compute: str, problem: Problem) -> Contender:
+    return _by_hand(own(problem, compute), problem)
 
 
 def _out(problem: Problem) -> Contender:
@@ -71,8 +58,12 @@ def _out(problem: Problem) -> Contender:
 
 
 def _naive(problem: Problem) -> Contender:
-    forward, backward = naive(problem.case.norm, problem.w, problem.b)
-    return Contender(lambda: forward(problem.x), lambda state: backward(problem.dy, state[1]))
+    weight, *bias = problem.params
+    return _by_hand(Textbook(problem.case.norm, weight, bias[0] if bias else None, EPS, GROUPS), problem)
+
+
+def _by_hand(norm: Any, problem: Problem) -> Contender:
+    return Contender(lambda: norm.forward(problem.x), lambda state: norm.backward(problem.dy, state[1]))
 
 
 def _torch(problem: Problem) -> Contender:
@@ -80,14 +71,16 @@ def _torch(problem: Problem) -> Contender:
 
 
 def _compiled(problem: Problem) -> Contender:
-    torch = need("torch")
+    import torch
+
     torch.compiler.reset()  # of the last case
     return _differentiated(problem, torch.compile(torch_norm(problem.case.norm), dynamic=False))
 
 
 def torch_norm(norm: str) -> Callable:
     """Return torch's function of a norm: of x and weight, and bias if there is one."""
-    functional = need("torch").nn.functional
+    from torch.nn import functional
+
     functions: dict[str, Callable] = {
         "RMSNorm": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
         "LayerNorm": lambda x, w, b: functional.layer_norm(x, w.shape, w, b, EPS),
@@ -98,53 +91,31 @@ def torch_norm(norm: str) -> Callable:
 
 
 def _differentiated(problem: Problem, function: Callable) -> Contender:
-    torch = need("torch")
-    arrays = problem.x, problem.w, problem.b
-    inputs = [torch.from_numpy(a).requires_grad_() for a in (arrays[:2] if problem.case.norm == "RMSNorm" else arrays)]
+    import torch
+
+    inputs = [torch.from_numpy(a).requires_grad_() for a in (problem.x, *problem.params)]
     dy = torch.from_numpy(problem.dy)
     return Contender(lambda: function(*inputs), lambda y: torch.autograd.grad(y, inputs, dy))
 
 
 def _jax(problem: Problem) -> Contender:
-    """Jitted; what is saved travels from forward to backward, as JAX's vjp chooses it."""
-    jax = need("jax.numpy")
-    function = _jax_norm(jax.numpy, problem.case.norm)
+    """Jit the textbook; what is saved travels from forward to backward, as JAX's vjp chooses it."""
+    import jax
+
+    shape, weight, row, _ = layout(problem.case.norm, problem.case.shape, GROUPS)
+
+    def function(x: Any, w: Any, b: Any = None) -> Any:
+        w, b = w.reshape(weight), b if b is None else b.reshape(weight)
+        return textbook.forward(x.reshape(shape), w, b, EPS, row, b is not None, jax.numpy.sqrt)[0].reshape(x.shape)
+
     forward = jax.jit(lambda *inputs: jax.vjp(function, *inputs))
     backward = jax.jit(lambda vjp, dy: vjp(dy))
-    arrays = problem.x, problem.w, problem.b
-    inputs = [jax.numpy.asarray(a) for a in (arrays[:2] if problem.case.norm == "RMSNorm" else arrays)]
-    dy = jax.numpy.asarray(problem.dy)
+    inputs, dy = [jax.numpy.asarray(a) for a in (problem.x, *problem.params)], jax.numpy.asarray(problem.dy)
     wait = jax.block_until_ready
     return Contender(lambda: wait(forward(*inputs)), lambda state: wait(backward(state[1], dy)))
 
 
-def _jax_norm(xp: Any, norm: str) -> Callable:
-    def centred(x: Any, w: Any, b: Any, row: tuple[int, ...]) -> Any:
-        c = x - xp.mean(x, row, keepdims=True)
-        return c / xp.sqrt(xp.mean(c * c, row, keepdims=True) + EPS) * w + b
-
-    def groups(x: Any, w: Any, b: Any) -> Any:
-        w, b = (a.reshape(GROUPS, -1, 1, 1) for a in (w, b))
-        return centred(x.reshape(len(x), GROUPS, -1, *x.shape[2:]), w, b, (2, 3, 4)).reshape(x.shape)
-
-    functions: dict[str, Callable] = {
-        "RMSNorm": lambda x, w: x / xp.sqrt(xp.mean(x * x, -1, keepdims=True) + EPS) * w,
-        "LayerNorm": lambda x, w, b: centred(x, w, b, (-1,)),
-        "BatchNorm": lambda x, w, b: centred(x, w[:, None, None], b[:, None, None], (0, 2, 3)),
-        "GroupNorm": groups,
-    }
-    return functions[norm]
-
-
-def _copyto(problem: Problem) -> Contender:
-    return _pieces(problem, np.copyto)
-
-
-def _multiply(problem: Problem) -> Contender:
-    return _pieces(problem, lambda out, x: np.multiply(x, np.float32(2), out=out))
-
-
-def _pieces(problem: Problem, move: Callable) -> Contender:
+def _pieces(move: Callable, problem: Problem) -> Contender:
     """Move x into `out`, a piece for each thread, but none below PIECE: to hand it over would cost more."""
     pieces = max(1, min(get_threads(), problem.x.nbytes // PIECE))
     to, of = (np.array_split(a.ravel(), pieces) for a in (problem.out, problem.x))
@@ -152,8 +123,8 @@ def _pieces(problem: Problem, move: Callable) -> Contender:
 
 
 PEERS: dict[str, Callable[[Problem], Contender]] = {
-    "f64": _float64,
-    "f32": _float32,
+    "f64": partial(_fresh, "float64"),
+    "f32": partial(_fresh, "float32"),
     "out": _out,
     "naive": _naive,
     "torch": _torch,
@@ -173,7 +144,10 @@ ABOUT = {
 }
 """What the names of the columns mean."""
 
-COPIES: dict[str, Callable[[Problem], Contender]] = {"copyto": _copyto, "multiply": _multiply}
+COPIES: dict[str, Callable[[Problem], Contender]] = {
+    "copyto": partial(_pieces, np.copyto),
+    "multiply": partial(_pieces, lambda out, x: np.multiply(x, np.float32(2), out=out)),
+}
 """Two ways to read x and write as much; the faster one is the limit."""
 
 PACKAGES = {"torch": "torch", "compile": "torch", "jax": "jax"}

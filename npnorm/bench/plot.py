@@ -1,14 +1,16 @@
 """Bytes per second by size, for each norm, beside the copy of the same memory."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from npnorm.bench.grid import NORMS
-from npnorm.bench.needs import need
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
 from npnorm.bench.peers import COPIES
-from npnorm.bench.records import Measured, Record
-from npnorm.bench.report import rate
-from npnorm.bench.run import REGIMES
+from npnorm.bench.tables import derive
 
 LOOK: dict[str, dict[str, Any]] = {
     "f32": {"color": "tab:blue", "label": "npnorm float32"},
@@ -22,10 +24,9 @@ LOOK: dict[str, dict[str, Any]] = {
 """How a contender is drawn."""
 
 
-def plot(measured: Measured, path: Path) -> None:
-    """Draw forward and backward together; a row for each heap and number of threads, a column for each norm.
-
-    A hollow mark was disturbed, see `npnorm.bench.timing`.
+@mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "npnorm", "font.family": "DejaVu Sans"})
+def plot(frame: pd.DataFrame, path: Path) -> None:
+    """Draw forward and backward together: a row for each heap and number of threads, a column for each norm.
 
     Parameters
     ----------
@@ -34,61 +35,50 @@ def plot(measured: Measured, path: Path) -> None:
 
     Raises
     ------
-    Missing
-        Without matplotlib.
     ValueError
         If the section "norms" was not measured.
     """
-    matplotlib = need("matplotlib.figure")
-    records = [r for r in measured.records if r.section == "norms"]
-    norms = [norm for norm in NORMS if any(r.case.norm == norm for r in records)]
-    rows = [
-        (regime, n)
-        for n in sorted({r.threads for r in records})
-        for regime in REGIMES
-        if any((r.regime, r.threads) == (regime, n) for r in records)
-    ]
-    if not rows:
+    frame = derive(frame).query("section == 'norms' and op == 'both'")
+    if frame.empty:
         raise ValueError("The plot shows the section norms, which was not measured.")
-    width, height = max(6.4, 2.9 * len(norms) + 0.6), 2.3 * len(rows) + 0.9
-    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(len(rows), len(norms), squeeze=False, sharey=True)
-    for i, (regime, n) in enumerate(rows):
+    norms, rows = frame["norm"].unique(), sorted(set(zip(frame["threads"], frame["heap"], strict=True)))
+    figure = Figure(figsize=(max(6.4, 2.9 * len(norms) + 0.6), 2.3 * len(rows) + 0.9), layout="constrained")
+    axes = figure.subplots(len(rows), len(norms), squeeze=False, sharex="col", sharey=True)
+    for i, (threads, heap) in enumerate(rows):
         for j, norm in enumerate(norms):
-            some = [r for r in records if (r.regime, r.threads, r.case.norm) == (regime, n, norm)]
-            _panel(axes[i][j], sorted(some, key=lambda r: r.case.nbytes))
-            axes[i][j].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-            axes[i][j].yaxis.set_major_formatter("{x:g}")
-            if i == 0:
-                axes[i][j].set_title(norm)
-            if i == len(rows) - 1:
-                axes[i][j].set_xlabel("MiB of x")
-        axes[i][0].set_ylabel(f"{regime} heap, {n} thread{'s' * (n > 1)}\nGB/s")
-    handles = {h.get_label(): h for row in axes for ax in row for h in ax.get_lines() if h.get_label()[0] != "_"}
+            cells = frame[(frame["threads"] == threads) & (frame["heap"] == heap) & (frame["norm"] == norm)]
+            _panel(axes[i][j], cells)
+            axes[0][j].set_title(norm)
+            axes[-1][j].set_xlabel("MiB of x")
+        axes[i][0].set_ylabel(f"{heap} heap, {threads} thread{'s' * (threads > 1)}\nGB/s")
+    handles = {h.get_label(): h for h in axes[0][0].get_lines()}
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=1 + max(2, len(norms)), frameon=False
     )
-    figure.suptitle(
-        "Forward and backward, float32: the least bytes that must move, by time\n(hollow marks: disturbed)",
-        fontsize="medium",
-    )
-    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.suptitle("Forward and backward, float32: the least bytes that must move, by time", fontsize="medium")
+    if path.suffix != ".svg":
+        figure.savefig(path, dpi=120)
+        return
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(r'([ "\n(-]\d+\.\d)\d+', r"\1", text)  # a tenth of a point is enough; labels stay as they are
+    path.write_text(re.sub(r"\n +", "\n", text), encoding="utf-8")
 
 
-def _panel(ax: Any, records: list[Record]) -> None:
-    sizes = [r.case.mebibytes for r in records]
-    copy = [max(rate(r, name, "both") for name in COPIES) / 1e9 for r in records]
-    ax.plot(sizes, copy, color="black", linestyle=":", marker=".", label="copy")
+def _panel(ax: Any, cells: pd.DataFrame) -> None:
+    copy = cells[cells["peer"].isin(list(COPIES))].groupby("mib")["rate"].max() / 1e9
+    ax.plot(copy.index, copy, color="black", linestyle=":", label="copy")
     for peer, look in LOOK.items():
-        if all(peer in r.times for r in records):
-            rates = [rate(r, peer, "both") / 1e9 for r in records]
-            ax.plot(sizes, rates, **look)
-            for r, size, y in zip(records, sizes, rates, strict=True):
-                face = look["color"] if r.calm(peer) else "white"
-                ax.plot([size], [y], "o", markersize=4, color=look["color"], markerfacecolor=face)
+        some = cells[cells["peer"] == peer]
+        if not some.empty:
+            ax.plot(some["mib"], some["rate"] / 1e9, **look)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_xticks(copy.index, [f"{size:.3g}" for size in copy.index])
     ax.minorticks_off()
+    ax.tick_params(left=False, bottom=False)
     ax.margins(x=0.1)
-    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)

@@ -5,6 +5,9 @@ than a norm. Who allocates when, and how, then decides who is faster. So everyth
 
     default     the C library as it comes
     retained    the C library keeps what is freed, and takes no array from the operating system by itself
+
+What all processes measured is one table: a line for each section, norm, shape, heap, number of threads, peer, input
+(of rows that need care) and operation, with median, p10 and p90 in seconds, rounds, and extra memory in bytes.
 """
 
 import json
@@ -12,13 +15,18 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from npnorm.bench.child import Plan
-from npnorm.bench.machine import machine
-from npnorm.bench.records import Measured, from_json, together
+import pandas as pd
+
+from npnorm.bench.grid import GRIDS, Case
+from npnorm.bench.memory import memory
+from npnorm.bench.peers import contenders
+from npnorm.bench.rows import COMPUTES, KINDS, rows
+from npnorm.bench.step import MODELS, steps
+from npnorm.bench.timing import interleave
+from npnorm.threads import set_threads
 
 RETAINED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 """What tells glibc to keep what is freed."""
@@ -26,21 +34,27 @@ RETAINED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 REGIMES: dict[str, dict[str, str]] = {"default": {}, "retained": RETAINED}
 """The environment of each heap, by name."""
 
+SCALED = ("f64", "f32", "out", "torch")
+"""The peers of the section "scaling"."""
 
-def regimes() -> list[str]:
+COLUMNS = ["section", "norm", "shape", "mib", "heap", "threads", "peer", "input", "op", "median", "p10", "p90"]
+COLUMNS += ["rounds", "extra"]
+
+
+class Plan(NamedTuple):
+    """What a process measures: the name of a grid; sections, norms and peers; its heap and number of threads."""
+
+    grid: str
+    sections: Sequence[str]
+    norms: Sequence[str]
+    peers: Sequence[str]
+    heap: str
+    threads: int
+
+
+def heaps() -> list[str]:
     """Return the heaps that there are: both with glibc, elsewhere the default."""
     return list(REGIMES) if platform.libc_ver()[0] == "glibc" else ["default"]
-
-
-def thread_counts(cores: int) -> list[int]:
-    """Return one thread, and all cores.
-
-    Examples
-    --------
-    >>> thread_counts(1), thread_counts(8)
-    ([1], [1, 8])
-    """
-    return sorted({1, cores})
 
 
 def plans(
@@ -53,20 +67,19 @@ def plans(
 ) -> list[Plan]:
     """Return the processes of a run.
 
-    Memory is measured once, with one thread in the default heap; scaling, and in a quick run the step of training, in
-    the retained heap, if there is one.
+    Memory is measured once, with one thread in the default heap; rows that need care once, with all threads in the
+    retained heap; scaling, and in a quick run the step of training, in the retained heap, if there is one.
     """
     found = []
-    for regime in heaps:
+    for heap in heaps:
         for n in threads:
-            skipped = set()
-            if (regime, n) != (heaps[0], threads[0]):
-                skipped.add("memory")
-            if regime != heaps[-1]:
+            skipped = {"memory"} if (heap, n) != (heaps[0], threads[0]) else set()
+            if (heap, n) != (heaps[-1], threads[-1]):
+                skipped.add("rows")
+            if heap != heaps[-1]:
                 skipped |= {"scaling", "step"} if grid == "quick" else {"scaling"}
-            some = tuple(name for name in sections if name not in skipped)
-            if some:
-                found.append(Plan(grid, some, tuple(norms), tuple(peers), regime, n))
+            if some := [name for name in sections if name not in skipped]:
+                found.append(Plan(grid, some, norms, peers, heap, n))
     return found
 
 
@@ -78,8 +91,7 @@ def environment(plan: Plan, base: Mapping[str, str]) -> dict[str, str]:
 
     Examples
     --------
-    >>> plan = Plan("quick", ("norms",), (), (), "retained", 2)
-    >>> environment(plan, {"MALLOC_ARENA_MAX": "4"})["MALLOC_MMAP_MAX_"]
+    >>> environment(Plan("quick", [], [], [], "retained", 2), {"MALLOC_MMAP_MAX_": "4"})["MALLOC_MMAP_MAX_"]
     '0'
     """
     kept = {name: value for name, value in base.items() if name not in RETAINED}
@@ -87,10 +99,10 @@ def environment(plan: Plan, base: Mapping[str, str]) -> dict[str, str]:
     if plan.threads == 1:
         threads["XLA_FLAGS"] = f"{base.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
     others = {"JAX_PLATFORMS": "cpu", "KINETO_LOG_LEVEL": "99"}  # the latter keeps torch's profiler quiet
-    return kept | threads | others | REGIMES[plan.regime]
+    return kept | threads | others | REGIMES[plan.heap]
 
 
-def run(todo: Sequence[Plan]) -> Measured:
+def run(todo: Sequence[Plan]) -> pd.DataFrame:
     """Measure each plan in a process of its own, one after the other.
 
     Raises
@@ -98,25 +110,63 @@ def run(todo: Sequence[Plan]) -> Measured:
     RuntimeError
         If one of them fails; it has said why on the standard error stream.
     """
-    parts = [_in_a_process(plan) for plan in todo]
+    lines = []
+    for plan in todo:
+        command = [sys.executable, "-m", "npnorm.bench.run", json.dumps(plan._asdict())]
+        done = subprocess.run(command, env=environment(plan, os.environ), stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            what = f"{plan.heap} heap, {plan.threads} threads"
+            raise RuntimeError(f"The process that measures ({what}) ended with status {done.returncode}.")
+        lines += json.loads(done.stdout)
+    frame, seconds = pd.DataFrame(lines, columns=COLUMNS), ["median", "p10", "p90"]
+    frame[seconds] = frame[seconds].astype(float).map(lambda number: float(f"{number:.4g}"))
+    return frame
+
+
+def measure(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Measure all of a plan in this process, and yield its lines."""
+    set_threads(plan.threads)
+    if {"torch", "compile"} & set(plan.peers):
+        import torch
+
+        torch.set_num_threads(plan.threads)
+    for section, case, lines in _sections(plan):
+        if sys.stderr.isatty():
+            said = f"{plan.heap} heap, {plan.threads} threads: {section}, {case.norm} {case.size}"
+            print(f"\r{said:<79}", end="", file=sys.stderr, flush=True)
+        place = {"section": section, "norm": case.norm, "shape": case.size, "mib": case.mib}
+        yield from (place | {"heap": plan.heap, "threads": plan.threads, "input": ""} | line for line in lines)
     if sys.stderr.isatty():
         print(f"\r{'':<79}\r", end="", file=sys.stderr, flush=True)
-    return together([*parts, Measured([], [], {}, machine())])
 
 
-def _in_a_process(plan: Plan) -> Measured:
-    with tempfile.TemporaryDirectory() as folder:
-        there, back = Path(folder) / "plan.json", Path(folder) / "result.json"
-        there.write_text(json.dumps(plan._asdict()), encoding="utf-8")
-        command = [sys.executable, "-m", "npnorm.bench.child", str(there), str(back)]
-        done = subprocess.run(command, env=environment(plan, os.environ), check=False)
-        if done.returncode:
-            raise RuntimeError(f"The process that measures ({plan.label}) ended with status {done.returncode}.")
-        return from_json(json.loads(back.read_text(encoding="utf-8")))
+def _sections(plan: Plan) -> Iterator[tuple[str, Case, Iterator[dict[str, Any]]]]:
+    """Yield each section, case and the lines of it, which are measured when they are asked for."""
+    grid = GRIDS[plan.grid]
+
+    def timed(case: Case, peers: Sequence[str]) -> Iterator[dict[str, Any]]:
+        yield from interleave(contenders(case, peers), grid.effort)
+
+    def step(case: Case) -> Iterator[dict[str, Any]]:
+        yield from interleave(steps(case.norm, grid.step, plan.peers), grid.step_effort)
+
+    scaled = [name for name in plan.peers if name in SCALED]
+    for section, cases, lines in (
+        ("norms", grid.norms, lambda case: timed(case, plan.peers)),
+        ("small", grid.small, lambda case: timed(case, plan.peers)),
+        ("scaling", grid.scaling, lambda case: timed(case, scaled)),
+        ("memory", grid.memory, lambda case: memory(case, plan.peers)),
+    ):
+        yield from ((section, c, lines(c)) for c in cases if section in plan.sections and c.norm in plan.norms)
+    if "step" in plan.sections:
+        yield from (("step", c, step(c)) for c in (Case(m, (grid.step.batch, grid.step.length)) for m in MODELS))
+    if "rows" in plan.sections:
+        for norm in (norm for norm in KINDS if norm in plan.norms):
+            for shape in [KINDS[norm].large] * grid.large_rows + [KINDS[norm].small]:
+                for peer in (peer for peer in COMPUTES if peer in plan.peers):
+                    case = Case(norm, shape)
+                    yield "rows", case, rows(case, peer, grid.rows_effort)
 
 
-def rows(threads: int) -> int:
-    """Run `npnorm.bench.rows` in the retained heap, if there is one, and return its exit status."""
-    plan = Plan("", (), (), (), regimes()[-1], threads)
-    command = [sys.executable, "-m", "npnorm.bench.rows"]
-    return subprocess.run(command, env=environment(plan, os.environ), check=False).returncode
+if __name__ == "__main__":
+    print(json.dumps(list(measure(Plan(**json.loads(sys.argv[1]))))))

@@ -1,28 +1,18 @@
-"""Contenders take turns in one process, so that what disturbs the machine disturbs all of them alike.
-
-A turn is calm if the threads of this process did not wait for a core meanwhile. Only calm turns count, where there are
-enough of them: a contender of many threads suffers more from another process than one of a single thread.
-"""
+"""Contenders take turns in one process, so that what disturbs the machine disturbs all of them alike."""
 
 import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from npnorm.bench.grid import Effort
 
-CALM = 0.05
-"""The largest part of a turn that threads may wait for a core."""
-
-PATIENCE = 4
-"""How many times its seconds a case may take until there are enough calm turns."""
-
 PAUSE = 1e-3
 """Seconds before a turn in which threads of the last contender that spin may go to sleep."""
 
-TASKS = Path("/proc/self/task")
+Times = dict[str, float]
+"""Seconds of a call by operation: "forward", "backward", "both", the pair with the release of its memory."""
 
 
 class Contender(NamedTuple):
@@ -40,35 +30,17 @@ class Contender(NamedTuple):
     backward: Callable[[Any], Any] | None = None
 
 
-class Spread(NamedTuple):
-    """Seconds of one call: the median of the rounds that count, and the tenth and ninetieth percentile.
-
-    `calm` says that these are calm ones; else there were too few of them, and all rounds count.
-    """
-
-    median: float
-    p10: float
-    p90: float
-    rounds: int
-    calm: bool = True
-
-
-Times = dict[str, Spread]
-"""By operation: "forward", "backward", "both"; the last is the pair and the release of the memory that it took."""
-
-
-def spread(samples: Sequence[float], calm: bool = True) -> Spread:
-    """Return median and percentiles.
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """Return the median of the rounds, the tenth and ninetieth percentile, and how many rounds there were.
 
     Examples
     --------
-    >>> spread([5, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11])[:3]
-    (6, 2, 10)
+    >>> spread([5, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11])
+    {'median': 6, 'p10': 2, 'p90': 10, 'rounds': 11}
     """
     ordered = sorted(samples)
-    last = len(ordered) - 1
-    p10, p90 = (ordered[round(part * last)] for part in (0.1, 0.9))
-    return Spread(statistics.median(ordered), p10, p90, len(ordered), calm)
+    p10, p90 = (ordered[round(part * (len(ordered) - 1))] for part in (0.1, 0.9))
+    return {"median": statistics.median(ordered), "p10": p10, "p90": p90, "rounds": len(ordered)}
 
 
 def turns(names: Sequence[str], round_: int) -> list[str]:
@@ -82,89 +54,49 @@ def turns(names: Sequence[str], round_: int) -> list[str]:
     return list(names) if round_ % 2 == 0 else list(reversed(names))
 
 
-def waited() -> float:
-    """Return the seconds that the threads of this process have waited for a core so far; 0 where nothing tells."""
-    nanoseconds = 0
-    for task in TASKS.glob("*/schedstat"):
-        try:
-            nanoseconds += int(task.read_text().split()[1])
-        except (OSError, IndexError):  # the thread has ended, or the system does not count
-            continue
-    return nanoseconds / 1e9
-
-
 def interleave(
-    contenders: Mapping[str, Contender],
-    effort: Effort,
-    clock: Callable[[], float] = time.perf_counter,
-    waited: Callable[[], float] = waited,
-) -> dict[str, Times]:
+    contenders: Mapping[str, Contender], effort: Effort, clock: Callable[[], float] = time.perf_counter
+) -> list[dict[str, Any]]:
     """Time all contenders in turns, round by round.
-
-    Parameters
-    ----------
-    clock, waited : callables
-        Return seconds: of the time, and of the waiting for a core.
 
     Returns
     -------
-    dict
-        For each contender, in its order, its times.
+    list of dict
+        A line for each contender and operation: "peer", "op", and what `spread` returns.
     """
-    names = list(contenders)
-    for i in range(effort.warm):
-        for name in turns(names, i):
-            _calls(contenders[name], 1, clock)
-    calls = {name: _calls_in_a_turn(contenders[name], effort.turn, clock) for name in names}
-    everything: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    calm: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    names, warm = list(contenders), max(1, effort.warm)
+    for i in range(warm):
+        once = {name: _calls(contenders[name], 1, clock)["both"] for name in turns(names, i)}
+    calls = {name: max(1, min(10_000, int(effort.turn / max(once[name], 1e-7)))) for name in names}
+    samples: dict[str, list[Times]] = {name: [] for name in names}
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
     try:
         start, rounds = clock(), 0
-        while rounds < effort.most:
-            seconds, fewest = clock() - start, min(map(len, calm.values()))
-            if rounds >= effort.least and seconds >= effort.seconds * (1 if fewest >= effort.least else PATIENCE):
-                break
+        while rounds < effort.least or (rounds < effort.most and clock() - start < effort.seconds):
             for name in turns(names, rounds):
-                sample, was_calm = _turn(contenders[name], calls[name], clock, waited)
-                everything[name].append(sample)
-                if was_calm:
-                    calm[name].append(sample)
+                samples[name].append(_turn(contenders[name], calls[name], clock))
             rounds += 1
     finally:
         if collects:
             gc.enable()
-    return {name: _times(everything[name], calm[name], effort.least) for name in names}
+    return [
+        {"peer": name, "op": op, **spread([times[op] for times in samples[name]])}
+        for name in names
+        for op in samples[name][0]
+    ]
 
 
-def _times(everything: list[dict[str, float]], calm: list[dict[str, float]], least: int) -> Times:
-    enough = len(calm) >= least
-    some = calm if enough else everything
-    return {op: spread([sample[op] for sample in some], enough) for op in some[0]}
-
-
-def _turn(
-    contender: Contender, calls: int, clock: Callable[[], float], waited: Callable[[], float]
-) -> tuple[dict[str, float], bool]:
-    """Return the mean seconds of a call, by operation, and whether the turn was calm."""
+def _turn(contender: Contender, calls: int, clock: Callable[[], float]) -> Times:
     time.sleep(PAUSE)
     if calls > 1:
         _calls(contender, 1, clock)
-    before, start = waited(), clock()
-    sample = _calls(contender, calls, clock)
-    seconds = clock() - start
-    return sample, waited() - before <= CALM * seconds
+    return _calls(contender, calls, clock)
 
 
-def _calls_in_a_turn(contender: Contender, turn: float, clock: Callable[[], float]) -> int:
-    once = _calls(contender, 1, clock)["both"]
-    return max(1, min(10_000, int(turn / max(once, 1e-7))))
-
-
-def _calls(contender: Contender, count: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Return the mean seconds of a call, by operation."""
+def _calls(contender: Contender, count: int, clock: Callable[[], float]) -> Times:
+    """Return the mean seconds of a call."""
     forward, backward = contender
     there, back, both = 0.0, 0.0, 0.0
     for _ in range(count):

@@ -1,37 +1,56 @@
 """Numbers that were never measured."""
 
-from npnorm.bench.grid import Case
-from npnorm.bench.records import Measured, MemoryUse, Record
-from npnorm.bench.timing import Spread
+import pandas as pd
+
+from npnorm.bench.run import COLUMNS
 
 COPY = 1.0
 """Seconds of the faster copy."""
 
-
-def times(forward, backward, both=None, noise=0.0):
-    """Return the times of a contender whose spread is `noise` of the median."""
-    both = forward + backward if both is None else both
-    seconds = {"forward": forward, "backward": backward, "both": both}
-    return {op: Spread(s, s * (1 - noise / 2), s * (1 + noise / 2), 9) for op, s in seconds.items()}
+PEERS = {"f64": (4, 6), "f32": (2, 3), "out": (1, 3), "naive": (8, 12), "torch": (4, 6)}
 
 
-def copies():
-    return {"copyto": {"both": Spread(COPY, COPY, COPY, 9)}, "multiply": {"both": Spread(2 * COPY, COPY, COPY, 9)}}
+def frame(*parts):
+    """Return lines as the long table."""
+    return pd.DataFrame([line for part in parts for line in part], columns=COLUMNS)
 
 
-def record(norm="RMSNorm", shape=(8192, 8192), regime="default", threads=1, section="norms", **peers):
-    """Return a record; without peers torch takes 4 + 6 s, npnorm 2 + 3, the textbook 8 + 12."""
-    chosen = peers or {"f64": (4, 6), "f32": (2, 3), "out": (1, 3), "naive": (8, 12), "torch": (4, 6)}
-    measured = {name: times(*seconds) for name, seconds in chosen.items()}
-    return Record(section, Case(norm, shape), regime, threads, measured | copies())
+def case(norm="RMSNorm", mib=256, heap="default", threads=1, section="norms", shape=None, **peers):
+    """Return the lines of a case; without peers torch takes 4 + 6 s, npnorm 2 + 3, the textbook 8 + 12."""
+    place = {"section": section, "norm": norm, "shape": shape or f"{mib}MiB", "mib": mib, "input": ""}
+    place |= {"heap": heap, "threads": threads}
+    found = [
+        place | {"peer": peer, "op": op, **seconds(s)}
+        for peer, (there, back) in (peers or PEERS).items()
+        for op, s in (("forward", there), ("backward", back), ("both", there + back))
+    ]
+    return [*found, *(place | {"peer": n, "op": "both", **seconds(s)} for n, s in (("copyto", 2), ("multiply", COPY)))]
 
 
-def step(npnorm=0.9, torch=1.0, regime="default", threads=1):
-    both = {"npnorm": npnorm, "torch": torch}
-    found = {name: {"both": Spread(seconds, seconds, seconds, 9)} for name, seconds in both.items()}
-    return Record("step", Case("a model", (8, 128)), regime, threads, found)
+def seconds(median, noise=0.0):
+    return {"median": median, "p10": median * (1 - noise / 2), "p90": median * (1 + noise / 2), "rounds": 9}
 
 
-def measured(*records):
-    uses = [MemoryUse("RMSNorm", (8, 64), "f32", 2**20, 2**21), MemoryUse("RMSNorm", (8, 64), "torch", 0, 2**19)]
-    return Measured(list(records), uses, {"default heap, 1 thread": 0.25}, {"processor": "of paper"})
+def step(npnorm=0.9, torch=1.0, heap="default", threads=1):
+    lines = case("a model", 1, heap, threads, "step", npnorm=(npnorm, 0), torch=(torch, 0))
+    return [line for line in lines if line["op"] == "both" and line["peer"] in ("npnorm", "torch")]
+
+
+def rows(norm="LayerNorm", peer="f32", ordinary=1.0, extra=0, **inputs):
+    """Return the lines of a norm on rows that need care; the inputs are named with _ for a blank."""
+    place = {"section": "rows", "norm": norm, "shape": "4096x1024", "mib": 16, "heap": "retained", "threads": 2}
+    times = {"ordinary": ordinary} | {name.replace("_", " "): s for name, s in inputs.items()}
+    return [
+        place | {"peer": peer, "input": name, "op": op, "extra": extra * (name != "ordinary"), **seconds(s)}
+        for name, s in times.items()
+        for op in ("forward", "backward")
+    ]
+
+
+def memory(**extra):
+    place = {"section": "memory", "norm": "RMSNorm", "shape": "8x64", "mib": 1, "heap": "default", "threads": 1}
+    return [
+        place | {"input": "", "peer": peer, "op": op, "extra": nbytes}
+        for peer, both in extra.items()
+        for op, nbytes in zip(("forward", "backward"), both, strict=True)
+    ]

@@ -1,71 +1,68 @@
 """The measurement on a GPU, on one that is made of NumPy and of torch's CPU: what it calls exists, and adds up."""
 
 import re
+import sys
 import types
 
 import numpy as np
 import pytest
 import torch
 
-from npnorm.bench import gpu, needs
+from npnorm.bench import gpu
 
 
-class Event:
-    """An event of a device on which every call takes 2 ms."""
-
-    now = 0
-
-    def record(self):
-        Event.now += 1
-        self.at = Event.now
-
-    def synchronize(self):
-        pass
+def benchmark(call, n_repeat, n_warmup):
+    """Return what cupyx.profiler.benchmark does on a device where every call takes 2 ms, and the copy 1 ms."""
+    call()
+    seconds = 1e-3 if call.__name__ == "<lambda>" else 2e-3
+    return types.SimpleNamespace(gpu_times=np.full((1, n_repeat), seconds))
 
 
 @pytest.fixture
 def device(monkeypatch):
     xp = types.SimpleNamespace(
         __version__="14.0",
-        **{name: getattr(np, name) for name in ("asarray", "copyto", "empty_like", "ones")},
+        **{name: getattr(np, name) for name in ("asarray", "copyto", "empty_like")},
         asnumpy=np.asarray,
         cuda=types.SimpleNamespace(
-            Event=Event,
-            get_elapsed_time=lambda start, end: 2.0 * (end.at - start.at),
-            is_available=lambda: True,
-            runtime=types.SimpleNamespace(getDeviceProperties=lambda i: {"name": b"paper", "l2CacheSize": 2**25}),
+            runtime=types.SimpleNamespace(getDeviceProperties=lambda i: {"name": b"paper"}),
         ),
     )
-    monkeypatch.setattr(gpu, "need", lambda name: xp if name == "cupy.cuda" else needs.need(name))
+    monkeypatch.setattr(gpu, "empty_on", lambda device: device)
+    monkeypatch.setattr(gpu, "array_module", lambda like: xp)
+    monkeypatch.setitem(sys.modules, "cupyx", types.ModuleType("cupyx"))
+    monkeypatch.setitem(sys.modules, "cupyx.profiler", types.SimpleNamespace(benchmark=benchmark))
     monkeypatch.setattr(gpu, "SHAPE", (16, 32))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
-    return xp
 
 
-def test_the_tables_of_a_device(device):
+@pytest.fixture
+def named(monkeypatch):
+    """A partial has no name of its own."""
+
+    class Named(gpu.partial):
+        __name__ = "partial"
+
+    monkeypatch.setattr(gpu, "partial", Named)
+
+
+def test_the_tables_of_a_device(device, named):
     report = gpu.report(quick=True)
-    assert report.startswith("paper, L2 cache 32 MiB; CuPy 14.0, torch 2")
+    assert report.startswith("paper; CuPy 14.0, torch 2")
     titles = re.findall(r"^(\w+Norm) 16x32 (\w+); largest difference from torch (\S+)$", report, flags=re.MULTILINE)
     assert [title[:2] for title in titles] == [
         (norm, dtype) for norm in ("RMSNorm", "LayerNorm") for dtype in ("float32", "bfloat16")
     ]
     assert all(float(size) < (1e-5 if dtype == "float32" else 0.1) for _, dtype, size in titles)
-    rows = [line.split() for line in report.splitlines() if line.startswith("backward float32")]
-    assert rows == [["backward", "float32", "2.000", "1.00", "0", "150"]] * 4
+    rows = [line.replace("|", " ").split() for line in report.splitlines() if line.startswith("| backward float32")]
+    mebibytes = 16 * 32 * 3 * 4 / 2e-3 / 1e9
+    assert [row[:4] for row in rows] == [["backward", "float32", "2", "1"]] * 4
+    assert float(rows[0][4]) == pytest.approx(mebibytes, rel=1e-2)
+    assert {row[5] for row in rows} == {"0.75"}  # three arrays in twice the time of two
 
 
-def test_without_bfloat16_it_takes_float16(device):
-    def ones(shape, dtype):
-        raise TypeError("no such dtype")
-
-    device.ones = ones
-    assert "RMSNorm 16x32 float16" in gpu.report(quick=True)
-
-
-@pytest.mark.parametrize("library", ["CuPy", "torch"])
-def test_no_gpu_is_one_clear_line(device, monkeypatch, library):
-    where = device.cuda if library == "CuPy" else torch.cuda
-    monkeypatch.setattr(where, "is_available", lambda: False)
-    with pytest.raises(gpu.NoGPU, match=rf"^{library} finds no GPU: .*\.$"):
+def test_no_gpu_for_torch_is_one_clear_line(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OSError, match=r"^torch finds no GPU: .*\.$"):
         gpu.report()
