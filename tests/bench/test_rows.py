@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from npnorm.bench.grid import TINY, Case
-from npnorm.bench.rows import INPUTS, KINDS, contender, nbytes, rows
+from npnorm.bench.rows import INPUTS, KINDS, _memory, contender, nbytes, rows
+from npnorm.bench.timing import Contender
 
 
 @pytest.mark.parametrize("norm", KINDS)
@@ -52,5 +53,20 @@ def test_a_line_for_each_input_and_operation_with_time_and_memory():
     assert all(0 <= line["extra"] < 64 * 2**20 for line in lines)
 
 
-def test_results_do_not_count_as_extra_memory():
+def test_extra_memory_is_what_is_beyond_the_result():
+    mib = 2**20
+
+    def forward():
+        scratch = np.zeros(3 * mib, np.uint8)
+        return np.zeros(mib, np.uint8), scratch[:1].copy()
+
+    def backward(state):
+        return np.zeros(mib, np.uint8) + np.zeros(mib, np.uint8), {}
+
+    extra = _memory(Contender(forward, backward))
+    assert extra["forward"] == pytest.approx(3 * mib, rel=0.01)
+    assert extra["backward"] == pytest.approx(mib, rel=0.01) or extra["backward"] == pytest.approx(2 * mib, rel=0.01)
+
+
+def test_the_bytes_of_a_result_are_those_of_all_its_arrays():
     assert nbytes(((np.zeros(3), np.zeros(4)), {"weight": np.zeros(5)})) == 8 * 12

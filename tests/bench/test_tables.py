@@ -129,8 +129,8 @@ def test_float64_is_held_against_the_textbook():
 
 def test_the_share_of_the_copy_should_be_large():
     what = "RMSNorm out, share of copy, >= 32 MiB"
-    line = found(case(out=(1, 3), f32=(1, 3)))[what]
-    assert (line["worst"], line["goal"], line["met"]) == ("0.62", ">= 0.50", "1/1")
+    line = found(case(out=(1, 3), f32=(1, 3)), case(threads=2, out=(1, 1)))[what]
+    assert (line["worst"], line["goal"], line["met"]) == ("0.62", ">= 0.50", "2/2")
     assert found(case(out=(4, 6)))[what]["met"] == "0/1"
 
 

@@ -72,6 +72,17 @@ def test_what_is_worse_than_ulps_is_seen(value, verdict):
     assert (cell.verdict, cell.missed) == (verdict, 1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "off", "verdict"), [("bfloat16", 6, "number"), ("bfloat16", 12, "wrong"), ("float32", 12, "number")]
+)
+def test_wrong_is_beyond_eight_ulps_and_a_percent(dtype, off, verdict):
+    came, right = planted(dtype)
+    came[1, 5] = (came[1, 5].astype("float64") + off * 2.0 ** right.ulp[1, 5]).astype(dtype)
+    cell = measure(came, right)
+    assert abs(cell.ulps - off) <= 1
+    assert cell.verdict == verdict
+
+
 def test_another_shape_or_dtype_is_no_result():
     came, right = planted()
     with pytest.raises(ValueError, match="float64"):
