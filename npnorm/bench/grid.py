@@ -60,16 +60,9 @@ def traffic(norm: str, op: str) -> int:
 class Effort(NamedTuple):
     """How long a case is measured.
 
-    Parameters
-    ----------
-    seconds : float
-        After so long no further round begins, if there were `least`.
-    least, most : int
-        Rounds; in each every contender has one turn.
-    warm : int
-        Rounds before the first that counts, at least one.
-    turn : float
-        Seconds: a contender that is faster is called several times in its turn.
+    After so many seconds no further round begins, if there were `least`; in each of at most `most` rounds every
+    contender has one turn. `warm` rounds come before the first that counts. A contender that is faster than `turn`,
+    in seconds, is called several times in its turn.
     """
 
     seconds: float
@@ -91,68 +84,62 @@ class Sizes(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """All that a run measures: cases of four sections, the transformer, the rows that need care, and the effort."""
+    """All that a run measures: cases of four sections, the transformer, which rows that need care, and the effort."""
 
     norms: tuple[Case, ...]
     small: tuple[Case, ...]
     scaling: tuple[Case, ...]
     memory: tuple[Case, ...]
-    step: Sizes
-    large_rows: bool
     effort: Effort
     step_effort: Effort
     rows_effort: Effort
+    step: Sizes = Sizes()
+    large_rows: bool = False
 
 
-def _both(*shapes: tuple[int, ...]) -> tuple[Case, ...]:
-    return tuple(Case(norm, shape) for norm in ("RMSNorm", "LayerNorm") for shape in shapes)
+def _both(*shapes: tuple[int, ...], norms: tuple[str, ...] = ("RMSNorm", "LayerNorm")) -> tuple[Case, ...]:
+    return tuple(Case(norm, shape) for norm in norms for shape in shapes)
 
 
 def _images(*shapes: tuple[int, ...]) -> tuple[Case, ...]:
-    return tuple(Case(norm, shape) for norm in ("BatchNorm", "GroupNorm") for shape in shapes)
+    return _both(*shapes, norms=("BatchNorm", "GroupNorm"))
 
 
-FULL = Grid(
-    norms=(
-        *_both((512, 512), (4096, 1024), (2048, 4096), (8192, 8192)),
-        *_images((16, 64, 28, 28), (32, 64, 56, 56)),
+GRIDS = {
+    "full": Grid(
+        norms=(
+            *_both((512, 512), (4096, 1024), (2048, 4096), (8192, 8192)),
+            *_images((16, 64, 28, 28), (32, 64, 56, 56)),
+        ),
+        small=_both((8, 64), (1, 4096)),
+        scaling=_both(
+            *((rows, 1024) for rows in (64, 256, 1024, 4096, 16384)),
+            *((2**22 // width, width) for width in (64, 256, 4096, 16384, 65536)),
+        ),
+        memory=(*_both((2048, 4096)), *_images((32, 64, 56, 56))),
+        effort=Effort(seconds=5, least=9, most=200),
+        step_effort=Effort(seconds=12, least=9, most=40),
+        rows_effort=Effort(seconds=0.3, least=2, most=25, warm=1),
+        large_rows=True,
     ),
-    small=_both((8, 64), (1, 4096)),
-    scaling=_both(
-        *((rows, 1024) for rows in (64, 256, 1024, 4096, 16384)),
-        *((2**22 // width, width) for width in (64, 256, 4096, 16384, 65536)),
+    "quick": Grid(
+        norms=(*_both((512, 512), (2048, 4096)), *_images((16, 64, 28, 28))),
+        small=_both((8, 64), (1, 4096)),
+        scaling=_both((256, 1024), (16384, 64), (16, 65536)),
+        memory=_both((2048, 4096)),
+        effort=Effort(seconds=0.4, least=5, most=50, warm=1),
+        step_effort=Effort(seconds=1, least=3, most=5, warm=1),
+        rows_effort=Effort(seconds=0.2, least=3, most=25, warm=1),
     ),
-    memory=(*_both((2048, 4096)), *_images((32, 64, 56, 56))),
-    step=Sizes(),
-    large_rows=True,
-    effort=Effort(seconds=5, least=9, most=200),
-    step_effort=Effort(seconds=12, least=9, most=40),
-    rows_effort=Effort(seconds=0.3, least=2, most=25, warm=1),
-)
-
-QUICK = Grid(
-    norms=(*_both((512, 512), (2048, 4096)), *_images((16, 64, 28, 28))),
-    small=_both((8, 64), (1, 4096)),
-    scaling=_both((256, 1024), (16384, 64), (16, 65536)),
-    memory=_both((2048, 4096)),
-    step=Sizes(),
-    large_rows=False,
-    effort=Effort(seconds=0.4, least=5, most=50, warm=1),
-    step_effort=Effort(seconds=1, least=3, most=5, warm=1),
-    rows_effort=Effort(seconds=0.2, least=3, most=25, warm=1),
-)
-
-TINY = Grid(
-    norms=(*_both((32, 64)), *_images((2, 16, 4, 4))),
-    small=_both((8, 64)),
-    scaling=_both((16, 64)),
-    memory=_both((256, 1024)),
-    step=Sizes(depth=1, width=32, heads=2, length=16, batch=2, vocabulary=32),
-    large_rows=False,
-    effort=Effort(seconds=0, least=3, most=5, warm=1, turn=1e-4),
-    step_effort=Effort(seconds=0, least=3, most=3, warm=1, turn=1e-4),
-    rows_effort=Effort(seconds=0, least=2, most=2, warm=1, turn=1e-4),
-)
-
-GRIDS = {"full": FULL, "quick": QUICK, "tiny": TINY}
+    "tiny": Grid(
+        norms=(*_both((32, 64)), *_images((2, 16, 4, 4))),
+        small=_both((8, 64)),
+        scaling=_both((16, 64)),
+        memory=_both((256, 1024)),
+        effort=Effort(seconds=0, least=3, most=5, warm=1, turn=1e-4),
+        step_effort=Effort(seconds=0, least=3, most=3, warm=1, turn=1e-4),
+        rows_effort=Effort(seconds=0, least=2, most=2, warm=1, turn=1e-4),
+        step=Sizes(depth=1, width=32, heads=2, length=16, batch=2, vocabulary=32),
+    ),
+}
 """By name, as the command and the measuring processes say them; `tiny` is for tests, its times say nothing."""

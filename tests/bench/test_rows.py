@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from npnorm.bench.grid import TINY, Case
+from npnorm.bench.grid import GRIDS, Case
 from npnorm.bench.rows import INPUTS, KINDS, _memory, contender, nbytes, rows
 from npnorm.bench.timing import Contender
 
@@ -45,7 +45,7 @@ def test_rows_have_the_spread_that_they_should(norm, given):
 
 
 def test_a_line_for_each_input_and_operation_with_time_and_memory():
-    lines = list(rows(Case("RMSNorm", (256, 1024)), "f64", TINY.rows_effort))
+    lines = list(rows(Case("RMSNorm", (256, 1024)), "f64", GRIDS["tiny"].rows_effort))
     assert [(line["input"], line["op"]) for line in lines] == [
         (i, op) for i in INPUTS for op in ("forward", "backward")
     ]

@@ -10,7 +10,7 @@ import pytest
 
 from npnorm.bench import run
 from npnorm.bench.__main__ import BEGIN, END, main, refresh
-from npnorm.bench.grid import FULL, GRIDS, NORMS, QUICK, SECTIONS, Case, Effort
+from npnorm.bench.grid import GRIDS, NORMS, SECTIONS, Case, Effort
 from npnorm.bench.memory import highest, memory
 from npnorm.bench.peers import contenders
 from npnorm.bench.plot import plot
@@ -149,9 +149,9 @@ def test_every_grid_has_every_norm_and_groups_divide_channels(grid):
 
 
 def test_the_full_grid():
-    assert [case.mib for case in FULL.norms if case.norm == "RMSNorm"] == [1, 16, 32, 256]
-    assert len({case.shape for case in FULL.scaling if case.shape[1] != 1024}) == 5
-    assert set(QUICK.small) == set(FULL.small)
+    assert [case.mib for case in GRIDS["full"].norms if case.norm == "RMSNorm"] == [1, 16, 32, 256]
+    assert len({case.shape for case in GRIDS["full"].scaling if case.shape[1] != 1024}) == 5
+    assert set(GRIDS["quick"].small) == set(GRIDS["full"].small)
 
 
 # What is measured beside time

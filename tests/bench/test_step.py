@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from npnorm import Transformer
-from npnorm.bench.grid import TINY
+from npnorm.bench.grid import GRIDS
 from npnorm.bench.step import MODELS, agree, config_of, own_step, steps, torch_loss, torch_step
 from npnorm.config import init
 from npnorm.layers import CrossEntropy
 
-SIZES = TINY.step._replace(depth=2)
+SIZES = GRIDS["tiny"].step._replace(depth=2)
 EACH = pytest.mark.parametrize("model", MODELS)
 
 
@@ -52,8 +52,8 @@ def test_the_models_are_those_that_their_names_say(model):
 
 
 def test_only_what_is_asked_for_is_measured():
-    assert list(steps(MODELS[0], TINY.step, ["f32", "naive"])) == ["npnorm"]
-    assert list(steps(MODELS[0], TINY.step, ["torch"])) == ["npnorm", "torch"]
+    assert list(steps(MODELS[0], GRIDS["tiny"].step, ["f32", "naive"])) == ["npnorm"]
+    assert list(steps(MODELS[0], GRIDS["tiny"].step, ["torch"])) == ["npnorm", "torch"]
 
 
 def test_losses_that_part_are_an_error():
