@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from npnorm import cuda_casts
+
 Array = Any
 """An array of any module that `array_module` knows."""
 
@@ -101,7 +103,7 @@ def contiguous(x: Array, dtype: Any = None) -> Array:
     xp = array_module(x)
     if xp is np:
         return np.require(np.asarray(x), dtype, ["C_CONTIGUOUS", "ALIGNED"])  # of a subclass the plain array
-    x = x if dtype is None else xp.astype(x, dtype, copy=False)
+    x = x if dtype is None else _cast(x, dtype)
     return xp.ascontiguousarray(x) if hasattr(xp, "ascontiguousarray") else x
 
 
@@ -141,7 +143,7 @@ def describe(x: Array) -> str:
 def round_to(x: Array, dtype: Any) -> Array:
     """Return `x` rounded once to `dtype`, to nearest.
 
-    NumPy rounds float64 to bfloat16 by way of float32, which is twice. Rounding to odd on the way (the last bit
+    NumPy and CuPy round float64 to bfloat16 by way of float32, which is twice. Rounding to odd on the way (the last bit
     remembers that something was cut off) makes the second rounding the only one that counts.
     """
     xp = array_module(x)
@@ -153,7 +155,17 @@ def round_to(x: Array, dtype: Any) -> Array:
         bits |= single != x
         return single.astype(dtype)
     with np.errstate(all="ignore"):
-        return xp.astype(x, dtype, copy=False)
+        return _cast(x, dtype)
+
+
+def _cast(x: Array, dtype: Any) -> Array:
+    """Return `x` in another dtype; on a GPU by conversions that keep subnormal numbers, and round once."""
+    xp = array_module(x)
+    if is_cuda(xp):
+        target = np.dtype(dtype)
+        if (dtype_name(x), target.name) in cuda_casts.CASTS:
+            return cuda_casts.cast(xp, x, dtype_name(x), target, target.name)
+    return xp.astype(x, dtype, copy=False)
 
 
 def sqrt(x: Array) -> Array:
@@ -174,6 +186,13 @@ def log(x: Array) -> Array:
 def tanh(x: Array) -> Array:
     """Return the hyperbolic tangent, element by element."""
     return array_module(x).tanh(x)
+
+
+def sigmoid(x: Array) -> Array:
+    """Return 1 / (1 + exp(-x)), element by element, without overflow."""
+    xp = array_module(x)
+    e = exp(xp.where(x > 0, -x, x))
+    return xp.where(x > 0, 1 / (1 + e), e / (1 + e))
 
 
 def erf(x: Array) -> Array:

@@ -15,9 +15,10 @@ where f'(d) stands for the backward pass of f.
 from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
-from npnorm.tree import Layer, Tree, hand_down, summary
+from npnorm.tree import Layer, Tree, hand_down, show_shapes, summary
 
 
+@show_shapes
 class Saved(NamedTuple):
     """What the two layers saved."""
 

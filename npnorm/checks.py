@@ -181,9 +181,17 @@ def check_place(layer: str, params: dict[str, Array], group: Group, **arrays: Ar
             check_module(layer, x, params, name)
 
 
-def check_features(layer: str, params: dict[str, Array], axes: int, group: Group, **arrays: Array) -> None:
-    """Raise unless the arrays are floats of one shape (..., features) with the features of the parameters."""
-    expected = next((tuple(a.shape) for a in params.values()), None)
+def check_features(
+    layer: str,
+    params: dict[str, Array],
+    axes: int,
+    group: Group,
+    features: tuple[int, ...] | None = None,
+    /,
+    **arrays: Array,
+) -> None:
+    """Raise unless the arrays are floats of one shape (..., features): those of the parameters, or `features`."""
+    expected = next((tuple(a.shape) for a in params.values()), features)
     with errors_on_all_ranks(group):
         for name, x in arrays.items():
             check_module(layer, x, params, name)
@@ -216,6 +224,148 @@ def check_channels(layer: str, params: dict[str, Array], group: Group, **arrays:
                     f"It takes (N, C, ...) with nothing empty but N; axis 1 {axis}."
                 )
         check_same_shape(layer, arrays)
+
+
+def check_offset(layer: str, params: dict[str, Array], offset: float, group: Group) -> None:
+    """Raise unless `offset` is a finite number, and 0 where there is no weight to add it to."""
+    with errors_on_all_ranks(group):
+        if not is_number(offset):
+            raise ValueError(f"{layer}: offset is {offset!r}. It must be a finite number, usually 0 or 1.")
+        if offset and "weight" not in params:
+            raise ValueError(f"{layer}: offset is {offset}, and there is no weight to add it to. Leave it out.")
+
+
+def check_feature_groups(layer: str, groups: int, group: Group, *sizes: int) -> None:
+    """Raise unless the ranks divide the groups of features, and these the features, of which this rank has a size."""
+    with errors_on_all_ranks(group):
+        if not is_count(groups):
+            raise ValueError(f"{layer}: groups is {groups!r}. It must be an integer, 1 or more.")
+        if groups > 1 and groups % group.size:
+            raise ValueError(f"{layer}: {group.size} ranks cannot share {groups} groups. The ranks must divide them.")
+        for size in sizes:
+            if size * group.size % groups:
+                raise ValueError(
+                    f"{layer}: {groups} groups cannot share {size * group.size} features equally. "
+                    "Choose a number of groups that divides the features."
+                )
+
+
+def check_square(layer: str, eps: float, compute: str | None, group: Group) -> None:
+    """Raise unless the square of eps is in the range of the working precision."""
+    with errors_on_all_ranks(group):
+        end = 1e18 if compute == "float32" else 1e150
+        if eps and not 1 / end <= eps <= end:
+            raise ValueError(
+                f"{layer}: eps is {eps}. Its square leaves the working precision; choose 0, or {1 / end:.0e} "
+                f"to {end:.0e}."
+            )
+
+
+def check_choice(layer: str, name: str, value: str, choices: Collection[str], group: Group) -> None:
+    """Raise unless a setting is one of the choices."""
+    with errors_on_all_ranks(group):
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{layer}: {name} is {value!r}. Choose one of {', '.join(choices)}.")
+
+
+def check_part(layer: str, p: float, group: Group) -> None:
+    """Raise unless p is a part: above 0, and at most 1."""
+    with errors_on_all_ranks(group):
+        group.require_same(f"{layer} with p={p}")
+        if not is_number(p) or not 0 < p <= 1:
+            raise ValueError(f"{layer}: p is {p!r}. It must be above 0 and at most 1: k = ceil(n p) must be 1 or more.")
+
+
+def check_generator(layer: str, rng: Any, group: Group) -> None:
+    """Raise unless rng is a generator of random numbers."""
+    with errors_on_all_ranks(group):
+        if not isinstance(rng, np.random.Generator):
+            raise TypeError(
+                f"{layer}: rng is a {type(rng).__name__}. Pass a generator: numpy.random.default_rng(seed)."
+            )
+
+
+def check_groups(layer: str, groups: int, group: Group) -> None:
+    """Raise unless the ranks can share so many groups of channels."""
+    with errors_on_all_ranks(group):
+        if not is_count(groups):
+            raise ValueError(f"{layer}: groups is {groups!r}. It must be an integer, 1 or more.")
+        if groups % group.size and group.size % groups:
+            raise ValueError(
+                f"{layer}: {group.size} ranks cannot share {groups} groups. "
+                "The ranks must divide the groups, or the groups the ranks."
+            )
+
+
+def check_divides(layer: str, groups: int, channels: int, group: Group) -> None:
+    """Raise unless the groups divide the channels, of which this rank has so many."""
+    with errors_on_all_ranks(group):
+        if channels * group.size % groups:
+            raise ValueError(
+                f"{layer}: {groups} groups cannot share {channels * group.size} channels equally. "
+                "Choose a number of groups that divides the channels."
+            )
+
+
+def check_space(layer: str, x: Array, group: Group) -> None:
+    """Raise unless each channel of x has more than one element of space."""
+    with errors_on_all_ranks(group):
+        if x.ndim < 3 or (math.prod(x.shape[2:]) == 1 and x.shape[0]):
+            raise ValueError(
+                f"{layer} takes (N, C, ...) with more than one element of space; x has shape {tuple(x.shape)}."
+                " The variance of a single element is 0."
+            )
+
+
+def check_running(
+    layer: str, running: dict[str, Array | None], momentum: float | None, batches: int, group: Group
+) -> None:
+    """Raise unless running statistics are a mean and a variance, and momentum and batches are numbers of their kind."""
+    with errors_on_all_ranks(group):
+        if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
+            raise ValueError(f"{layer}: momentum is {momentum!r}. It must be a number from 0 to 1, or None.")
+        mean, var = running.values()
+        if (mean is None) != (var is None):
+            raise ValueError(f"{layer}: running_mean and running_var come together, or not at all.")
+        for name, array in running.items():
+            if array is not None and not np.all(np.isfinite(to_numpy(array))):
+                raise ValueError(f"{layer}: {name} has a NaN or infinity. Start from finite numbers.")
+        if var is not None and not np.all(to_numpy(var) >= 0):
+            raise ValueError(f"{layer}: running_var has a negative number. A variance is 0 or greater.")
+        if batches != 0 and not is_count(batches):
+            raise ValueError(f"{layer}: batches is {batches!r}. It must be an integer, 0 or greater.")
+
+
+def check_counted(layer: str, n: Array) -> None:
+    """Raise unless each channel has two elements or more; n is the same on every rank."""
+    counted = int(to_numpy(abs(n)).max())
+    if counted < 2:
+        raise ValueError(
+            f"{layer}: elements in a channel of x over all ranks: {counted}. Its variance says nothing. "
+            "Train with at least two, or call inference."
+        )
+
+
+def check_known(layer: str, mean: Array | None, var: Array | None, eps: float, group: Group) -> None:
+    """Raise unless there are running statistics with which inference can divide."""
+    with errors_on_all_ranks(group):
+        if mean is None or var is None:
+            raise ValueError(
+                f"{layer}: inference needs running statistics, and none are known. Track a batch first: "
+                "norm.track(saved), or pass running_mean and running_var."
+            )
+        if not bool(array_module(var).all(var + eps > 0)):
+            raise ValueError(f"{layer}: running_var + eps is 0 in some channel. Take an eps above 0 for inference.")
+
+
+def check_tracked(layer: str, mean: Array, var: Array) -> None:
+    """Raise unless running statistics that are about to be kept are finite."""
+    xp = array_module(mean)
+    if not (bool(xp.all(xp.isfinite(mean))) and bool(xp.all(xp.isfinite(var)))):
+        raise ValueError(
+            f"{layer}: statistics of this batch are not finite in {dtype_name(var)}; "
+            "the running statistics stay as they were. Look for a NaN, an infinity or huge numbers in x."
+        )
 
 
 def check_same_shape(layer: str, arrays: dict[str, Array]) -> None:

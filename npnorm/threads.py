@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 LAUNCHERS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
 """The launcher of an MPI job sets one of these. Its ranks share the cores already."""
 
-KEPT = 1 << 23
+KEPT = 1 << 24
 """Bytes of scratch memory that a thread keeps at most: a single huge row must not stay for ever."""
 
 
@@ -213,9 +213,3 @@ def scratch() -> Iterator[Scratch]:
         yield memory
     finally:
         free[:] = [memory]  # one is kept: the outermost of those that were lent
-
-
-def _kept(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Return memory of this thread that is not lent: `npnorm.kernels` uses it."""
-    memory: Scratch = _local.__dict__.setdefault("kept", Scratch())
-    return memory.empty(name, shape, dtype)

@@ -24,9 +24,11 @@ from npnorm.config import Config, layout
 from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers import MLP, Attention, Embedding, Linear, Positions, Rotary, SwiGLU
 from npnorm.norms import LayerNorm, RMSNorm
-from npnorm.tree import Layer, Tree, checksum, hand_down, leaves, map_tree
+from npnorm.norms.norm import Compute
+from npnorm.tree import Layer, Tree, checksum, hand_down, leaves, map_tree, show_shapes
 
 
+@show_shapes
 class Saved(NamedTuple):
     """What each part saved."""
 
@@ -79,7 +81,7 @@ class Transformer:
 
     def _norm(self, params: Tree) -> Layer:
         kind = LayerNorm if self.config.norm == "layer" else RMSNorm
-        compute = "float32" if dtype_name(params["weight"]) == "float32" else None
+        compute: Compute = "float32" if dtype_name(params["weight"]) == "float32" else None
         return kind(**map_tree(lambda a: self.group.shard(a, None), params), eps=self.config.eps, compute=compute)
 
     def _block(self, params: Tree) -> Layer:

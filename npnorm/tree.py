@@ -86,6 +86,36 @@ def summary(layer: str, params: Tree = None, /, **settings: Any) -> str:
     return f"{layer}({', '.join([*parts, *(f'{name}={value!r}' for name, value in known.items())])})"
 
 
+def show_shapes(saved: type) -> type:
+    """Let the `repr` of a NamedTuple say the shapes and dtypes of its arrays, in place of their numbers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from typing import NamedTuple
+    >>> @show_shapes
+    ... class Saved(NamedTuple):
+    ...     x: np.ndarray
+    ...     scale: float
+    >>> Saved(np.ones((2, 3)), 0.5)
+    Saved(x=(2, 3) float64, scale=0.5)
+    """
+
+    def shown(value: Any) -> str:
+        if hasattr(value, "shape"):
+            return describe(value)
+        if type(value) in (tuple, list):
+            return f"({', '.join(map(shown, value))})"
+        return repr(value)
+
+    def __repr__(self: Any) -> str:
+        fields = zip(self._fields, self, strict=True)
+        return f"{type(self).__name__}({', '.join(f'{name}={shown(value)}' for name, value in fields)})"
+
+    setattr(saved, "__repr__", __repr__)  # noqa: B010
+    return saved
+
+
 def checksum(tree: Tree) -> int:
     """Return a checksum of the names, shapes, dtypes and bits of the arrays of a tree."""
     total = 0

@@ -11,8 +11,8 @@ import numpy as np
 import scipy.differentiate
 
 from npnorm.conformance.exact import exact_norm as exact_norm
-from npnorm.tree import leaves, map_tree
 from npnorm.layers import CrossEntropy
+from npnorm.tree import leaves, map_tree
 
 STEP = 1e-30
 """The complex step: its square vanishes beside 1, so that the derivative has no truncation error."""
@@ -49,6 +49,18 @@ def agree(analytic: float, numeric: float, tolerance: float) -> None:
     """Raise, with both values, unless two directional derivatives agree."""
     if not abs(analytic - numeric) <= tolerance * max(abs(analytic), abs(numeric)):
         raise AssertionError(f"derivative: analytic {analytic!r}, numeric {numeric!r}, not within {tolerance}")
+
+
+def draw(rng: np.random.Generator, dtype: Any = "float64", /, **shapes: Any) -> dict[str, np.ndarray]:
+    """Return standard normal arrays of these shapes, by name."""
+    return {name: np.asarray(rng.standard_normal(shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+def run(layer: Any, x: Any, dy: Any) -> dict[str, Any]:
+    """Return everything that comes out of a layer, as a tree: y, dx and each gradient by the name of its parameter."""
+    y, saved = layer.forward(x)
+    dx, grads = layer.backward(dy, saved)
+    return {"y": y, "dx": dx, **grads}
 
 
 def copy(tree: Any) -> Any:

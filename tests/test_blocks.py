@@ -4,7 +4,7 @@ import pytest
 from npnorm import LayerNorm, RMSNorm
 from npnorm.blocks import Chain, PostNorm, PreNorm
 from npnorm.layers import GELU, MLP, Attention, Linear, SwiGLU
-from tests.check import check_backward, check_central_difference, close, same_bits
+from tests.check import check_backward, check_central_difference, close, draw, same_bits
 
 PLACES = pytest.mark.parametrize("place", [PreNorm, PostNorm])
 WIDTH = 6
@@ -12,10 +12,6 @@ WIDTH = 6
 
 def linear(rng, outputs, inputs):
     return {"weight": rng.standard_normal((outputs, inputs)), "bias": rng.standard_normal(outputs)}
-
-
-def draw(rng, names):
-    return {name: rng.standard_normal(WIDTH) for name in names}
 
 
 def mlp(rng):
@@ -61,7 +57,7 @@ def test_backward_is_the_derivative(place, sublayer, params_of, norm, names):
     def make(params):
         return place(norm(**params["norm"], eps=0.1), sublayer(params["sublayer"]))
 
-    params = {"norm": draw(rng, names), "sublayer": params_of(rng)}
+    params = {"norm": draw(rng, **dict.fromkeys(names, WIDTH)), "sublayer": params_of(rng)}
     x = rng.standard_normal((2, 5, WIDTH))
     check_backward(make, params, x, rng)
     check_central_difference(make, params, x, rng)
@@ -74,14 +70,14 @@ def test_two_blocks_in_a_chain_backward_is_the_derivative(place):
     def make(params):
         return Chain({name: place(LayerNorm(**p["norm"]), MLP(p["sublayer"])) for name, p in params.items()})
 
-    params = {name: {"norm": draw(rng, ("weight", "bias")), "sublayer": mlp(rng)} for name in ("0", "1")}
+    params = {name: {"norm": draw(rng, weight=WIDTH, bias=WIDTH), "sublayer": mlp(rng)} for name in ("0", "1")}
     check_backward(make, params, rng.standard_normal((2, 5, WIDTH)), rng)
 
 
 def test_with_a_silent_sublayer_pre_is_the_identity_and_post_is_the_norm():
     rng = np.random.default_rng(3)
     x, dy = rng.standard_normal((3, WIDTH)), rng.standard_normal((3, WIDTH))
-    norm, silent = LayerNorm(**draw(rng, ("weight", "bias"))), Linear(np.zeros((WIDTH, WIDTH)))
+    norm, silent = LayerNorm(**draw(rng, weight=WIDTH, bias=WIDTH)), Linear(np.zeros((WIDTH, WIDTH)))
     y, saved = PreNorm(norm, silent).forward(x)
     same_bits(y, x)
     same_bits(PreNorm(norm, silent).backward(dy, saved)[0], dy)

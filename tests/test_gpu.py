@@ -6,8 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from npnorm.arrays import from_numpy, to_numpy
+from npnorm.arrays import from_numpy, round_to, to_numpy
+from npnorm.compiled import device as compiled
 from npnorm.config import Config, init
+from npnorm.cuda_casts import CASTS
 from npnorm.group import SOLO
 from npnorm.training.adamw import AdamW
 from npnorm.training.gradients import loss_and_grads
@@ -15,8 +17,10 @@ from npnorm.training.program import arguments, train_on_text
 from npnorm.transformer import Transformer
 from npnorm.tree import leaves, map_tree
 from tests.check import BFLOAT16, close, same_bits
+from tests.compiled.problems import IMAGES, MAKE, draw, hard_rows, run
+from tests.engine.formulas import within
 from tests.norms.catalogue import CATALOGUE
-from tests.test_device import IMAGES, MAKE, careful_rows, draw, run, within
+from tests.test_cuda_casts import numbers
 
 pytestmark = pytest.mark.gpu
 
@@ -66,28 +70,40 @@ def test_a_norm(cupy, entry, dtype):
         close(to_numpy(a).astype("float64"), b.astype("float64"), CLOSE[dtype.name])
 
 
+@pytest.fixture(autouse=True)
+def kernels(cupy):
+    """Hold that the kernels passed their checks: without them everything is right as well."""
+    yield
+    assert compiled._Process.uses_kernels
+
+
 @pytest.mark.parametrize("compute", ["float64", "float32"])
 @pytest.mark.parametrize("size", [8, 33, 1000, 4096, 40000])
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("dtype", DTYPES[1:], indirect=True)
 def test_a_kernel(cupy, name, size, compute, dtype):
-    shape = (4, 6, 4, max(4, size // 64)) if name in IMAGES else (70, size)
-    problem = draw(shape, dtype, name)
-    here, _ = run(np.asarray, MAKE[name], *problem)
+    problem = draw(name, (4, 6, 4, max(4, size // 64)) if name in IMAGES else (70, size), dtype)
     make = partial(MAKE[name], compute=compute)
-    there, _ = run(cupy.asarray, make, *problem)
-    within(there, here, 1 if compute == "float64" else 4)
-    same_bits(run(cupy.asarray, make, *problem)[0], there)
+    there = run(cupy.asarray, make, *problem)
+    within(there, run(np.asarray, MAKE[name], *problem), 1 if compute == "float64" else 4)
+    same_bits(run(cupy.asarray, make, *problem), there)
 
 
 @pytest.mark.parametrize("compute", ["float64", "float32"])
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "AddRMSNorm"])
-def test_rows_that_need_care(cupy, name, compute):
-    params, x, dy = draw((12, 40), "float32")
-    x = careful_rows(x)
-    here, _ = run(np.asarray, MAKE[name], params, x, dy)
-    there, _ = run(cupy.asarray, partial(MAKE[name], compute=compute), params, x, dy)
-    within(there, here)
+def test_rows_that_lose_digits(cupy, name, compute):
+    params, x, dy = draw(name, (12, 40))
+    x = hard_rows(x)
+    there = run(cupy.asarray, partial(MAKE[name], compute=compute), params, x, dy)
+    within(there, run(np.asarray, MAKE[name], params, x, dy), 1 if compute == "float64" else 4)
+
+
+@pytest.mark.parametrize(("source", "target"), CASTS)
+def test_a_cast(cupy, source, target):
+    x, dtype = numbers(source), {"bfloat16": BFLOAT16}.get(target, np.dtype(target))
+    came, expected = to_numpy(round_to(cupy.asarray(x), dtype)), round_to(x, dtype)
+    known = ~np.isnan(expected.astype("float64"))
+    same_bits(came[known], expected[known])
 
 
 def gradients(put, config, params, ids, targets):

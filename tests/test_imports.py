@@ -17,21 +17,26 @@ FILES = {
 ALL = pytest.mark.parametrize("name", FILES)
 
 FLOORS = [
+    {"cuda_casts"},
     {"arrays", "threads"},
     {"group"},
     {"tree"},
     {"checks"},
-    {"terms"},
-    {"written"},
-    {"axes", "cuda", "kernels", "mpi"},
-    {"careful"},
-    {"repeated"},
-    {"device", "fast"},
-    {"blocked"},
+    {"engine", "mpi"},
+    {"compiled"},  # loaded by a function of the engine, when the first array of CuPy comes: see LATE
     {"norms"},
     {"layers"},
     {"blocks", "config"},
 ]
+LATE = {"npnorm.engine.other_modules": "npnorm.compiled.device"}
+"""The one import that runs upward; it stands in a function."""
+
+LONGEST = {"batch_norm": 220, "rms_norm": 105, "layer_norm": 105}
+"""Lines of a page; the others have 150 at most."""
+
+SHELLS = ("npnorm.norms.norm", "npnorm.norms.running")
+"""What norms have in common, without mathematics."""
+
 FLOORS += [{"transformer"}, {"training"}, {"__init__"}, {"conformance"}, {"studies", "bench"}]
 
 
@@ -77,10 +82,47 @@ def test_the_files_were_found():
 
 @ALL
 def test_imports_run_downward(name):
-    for other in imports(name):
+    for other in imports(name) - {LATE.get(name)}:
         if other.split(".")[0] == "npnorm":
             same = part(name) == part(other) and (ROOT / part(name)).is_dir()
             assert same or floor(other) < floor(name), f"{name} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize(("name", "other"), LATE.items())
+def test_what_is_imported_late_is_imported_in_a_function(name, other):
+    assert other in imports(name)
+    modules = {node.module for node in tree(name).body if isinstance(node, ast.ImportFrom)}
+    assert not any(module.startswith(other.rpartition(".")[0]) for module in modules)
+
+
+def test_on_arrays_of_numpy_nothing_compiles():
+    code = (
+        "import sys, numpy, npnorm; norm = npnorm.LayerNorm.init(40, compute='float32'); x = numpy.eye(40, dtype='f4');"
+        "norm.backward(x, norm.forward(x)[1]); raise SystemExit('npnorm.compiled' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT.parent, check=False).returncode == 0
+
+
+@ALL
+def test_above_the_engine_its_face_alone_is_imported(name):
+    inside = {other for other in imports(name) if other.startswith("npnorm.engine.")}
+    assert not inside or part(name) in ("engine", "compiled"), f"{name} imports {sorted(inside)}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("npnorm.norms.") and name not in SHELLS])
+def test_a_page_imports_eight_names_at_most(name):
+    names = [
+        alias.name
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("npnorm")
+        for alias in node.names
+    ]
+    assert len(names) <= 8, names
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= LONGEST.get(part_of_page(name), 150)
+
+
+def part_of_page(name):
+    return name.rpartition(".")[2]
 
 
 @ALL

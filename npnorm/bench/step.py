@@ -13,8 +13,8 @@ from npnorm import Config, Transformer
 from npnorm.bench.grid import Sizes
 from npnorm.bench.timing import Contender
 from npnorm.config import init
-from npnorm.tree import Tree, leaves, map_tree
 from npnorm.training import AdamW, clip, global_norm, loss_and_grads
+from npnorm.tree import Tree, leaves, map_tree
 
 LR, BETAS, ADAM_EPS, DECAY, MAX_NORM = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 CHECKED, DIGITS = 3, 5

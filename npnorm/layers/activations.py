@@ -20,6 +20,7 @@ import numpy as np
 
 from npnorm.arrays import Array
 from npnorm.layers.inplace import elementwise, exp, tanh
+from npnorm.tree import show_shapes
 
 C = math.sqrt(2 / math.pi)
 A = 0.044715
@@ -71,6 +72,7 @@ def silu_backward(dy: Array, x: Array, s: Array) -> tuple[Array]:
     return (d,)
 
 
+@show_shapes
 class Saved(NamedTuple):
     """What backward needs of forward."""
 

@@ -41,7 +41,7 @@ from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.inplace import exp, in_blocks
 from npnorm.layers.linear import COLUMN, ROW, Linear
 from npnorm.layers.rope import Rotary
-from npnorm.tree import Tree, check_names, hand_down, summary, take_shards
+from npnorm.tree import Tree, check_names, hand_down, show_shapes, summary, take_shards
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -49,6 +49,7 @@ QUERIES = 64
 """Queries in a block; of half as many the products would be too small."""
 
 
+@show_shapes
 class Saved(NamedTuple):
     """What backward needs of forward."""
 

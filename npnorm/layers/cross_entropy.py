@@ -21,9 +21,10 @@ from npnorm.arrays import Array, array_module, from_numpy, log
 from npnorm.checks import check_ids, check_module, check_saved, check_width, require_same_settings
 from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.layers.inplace import exp
-from npnorm.tree import summary
+from npnorm.tree import show_shapes, summary
 
 
+@show_shapes
 class Saved(NamedTuple):
     """What backward needs of forward."""
 

@@ -22,13 +22,14 @@ from npnorm.arrays import Array, array_module, describe
 from npnorm.checks import check_input, check_module, check_saved, check_width, require_same_settings
 from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.layers.inplace import add_into
-from npnorm.tree import summary
+from npnorm.tree import show_shapes, summary
 
 COLUMN: dict[str, int | None] = {"weight": 0, "bias": 0}
 ROW: dict[str, int | None] = {"weight": 1, "bias": None}
 """The axes along which a column split and a row split are cut from the whole arrays."""
 
 
+@show_shapes
 class Saved(NamedTuple):
     """What backward needs of forward."""
 

@@ -21,9 +21,10 @@ from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.activations import GELU, silu, silu_backward
 from npnorm.layers.inplace import add_into, elementwise
 from npnorm.layers.linear import COLUMN, ROW, Linear
-from npnorm.tree import Tree, check_names, hand_down, summary, take_shards
+from npnorm.tree import Tree, check_names, hand_down, show_shapes, summary, take_shards
 
 
+@show_shapes
 class SavedMLP(NamedTuple):
     """What backward needs of forward."""
 
@@ -79,6 +80,7 @@ class MLP:
         return self.group.sum(dx, label="MLP.backward"), {"up_proj": up, "down_proj": down}
 
 
+@show_shapes
 class SavedSwiGLU(NamedTuple):
     """What backward needs of forward."""
 

@@ -18,8 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, from_numpy
+from npnorm.tree import show_shapes
 
 
+@show_shapes
 class Saved(NamedTuple):
     """What backward needs of forward: (length, d/2) each."""
 

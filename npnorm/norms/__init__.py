@@ -3,9 +3,10 @@
 from npnorm.norms.adaptive_norm import AdaptiveNorm
 from npnorm.norms.add_rms_norm import AddRMSNorm
 from npnorm.norms.batch_norm import BatchNorm
+from npnorm.norms.cast_rms_norm import CastRMSNorm
 from npnorm.norms.derf import Derf
 from npnorm.norms.dyt import DyT
-from npnorm.norms.folding import centre_writer
+from npnorm.norms.folding import centre_outputs, fold, to_rms_norm
 from npnorm.norms.gated_rms_norm import GatedRMSNorm
 from npnorm.norms.group_norm import GroupNorm
 from npnorm.norms.instance_norm import InstanceNorm
@@ -21,6 +22,7 @@ __all__ = [
     "AdaptiveNorm",
     "AddRMSNorm",
     "BatchNorm",
+    "CastRMSNorm",
     "Derf",
     "DyT",
     "GatedRMSNorm",
@@ -33,5 +35,7 @@ __all__ = [
     "RMSNorm",
     "ScaleNorm",
     "WeightNorm",
-    "centre_writer",
+    "centre_outputs",
+    "fold",
+    "to_rms_norm",
 ]

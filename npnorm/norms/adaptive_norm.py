@@ -1,45 +1,59 @@
 """Adaptive normalization: scale and shift come from a condition, for each sample its own.
 
 William Peebles and Saining Xie, "Scalable Diffusion Models with Transformers" (DiT), ICCV 2023, arXiv:2212.09748:
-adaLN. The condition's embedding is mapped by a linear layer to scale and shift; the norm itself has no
-parameters.
+adaLN. The condition's embedding is mapped by a linear layer to scale and shift; the norm itself has no parameters.
 
 Forward, for each row x of sample i, with the scale s and the shift t of that sample:
 
-    z = norm(x)                           LayerNorm or RMSNorm without weight and bias
-    y = z (1 + s) + t
+    y = norm(x, 1 + s, t)                 LayerNorm or RMSNorm, with 1 + s for its weight and t for its bias
 
-Backward, given dy:
+Backward, given dy, with norm' the backward pass of norm:
 
-    dz = dy (1 + s)
-    dx = norm'(dz)
-    ds = sum over the rows of sample i of dy z
-    dt = sum over the rows of sample i of dy
+    dx, ds, dt = norm'(dy, x, 1 + s)      d(1 + s) = ds
+    ds = sum over the rows of sample i    of dy z
+    dt = sum over the rows of sample i    of dy
 
-Split over the ranks of a group, scale and shift are this rank's shards; what is communicated is what the norm
+Where a group splits the features, scale and shift are this rank's shards; what is communicated is what the norm
 communicates.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+from npnorm import checks, engine
 from npnorm.arrays import Array, with_article
-from npnorm.axes import Samples
-from npnorm.blocked import Rows
-from npnorm.checks import check_features, check_float, check_module, check_saved
 from npnorm.group import errors_on_all_ranks
-from npnorm.norms import layer_norm, rms_norm
+from npnorm.norms.layer_norm import LayerNorm
+from npnorm.norms.norm import Norm
+from npnorm.norms.rms_norm import RMSNorm
 
 
 class Saved(NamedTuple):
     """What backward needs of forward."""
 
     x: Array
-    condition: dict[str, Array]  # the scale is the weight, the shift the bias
-    statistics: tuple[Array, ...]  # what the norm saves, one number for each row, of the scaled rows
-    scale: Array | None  # the exponent of two a row was divided by, where its squares leave the range
+    scale: Array
+    shift: Array
+    statistics: tuple[Any, ...]  # what the norm saves, one number for each row
+    exponent: Array | None  # rows whose squares overflow were divided by 2^exponent; None: there were none
 
 
-class AdaptiveNorm:
+def forward(norm: Callable[..., Any], row: engine.Row, x: Array, s: Array, t: Array) -> tuple[Array, tuple[Any, ...]]:
+    """Return y, and the statistics to save."""
+    y, statistics = norm(row, x, 1 + s, t)
+    return y, statistics
+
+
+def backward(
+    norm: Callable[..., Any], row: engine.Row, dy: Array, x: Array, s: Array, *statistics: Any
+) -> tuple[Array, ...]:
+    """Return dx, and ds and dt before their sums over the rows of a sample."""
+    dx, ds, dt = norm(row, dy, x, 1 + s, *statistics)
+    return dx, ds, dt
+
+
+class AdaptiveNorm(Norm):
     """Normalize, then scale and shift each sample by its condition: y = norm(x) (1 + scale) + shift.
 
     Parameters
@@ -61,17 +75,23 @@ class AdaptiveNorm:
            [[ 3. , 10. ]]])
     """
 
-    def __init__(self, norm: layer_norm.LayerNorm | rms_norm.RMSNorm) -> None:
-        if not isinstance(norm, (layer_norm.LayerNorm, rms_norm.RMSNorm)):
+    norm: LayerNorm | RMSNorm
+    formula: engine.Formula
+    saved = Saved
+
+    def __init__(self, norm: LayerNorm | RMSNorm) -> None:
+        if not isinstance(norm, (LayerNorm, RMSNorm)):
             raise TypeError(f"AdaptiveNorm takes a LayerNorm or RMSNorm; got {with_article(norm)}.")
-        if norm.params or norm.axes.count != 1:
+        if norm.params or norm.axes != 1:
             raise ValueError(
                 f"AdaptiveNorm takes a norm without weight and bias, over one axis; this one has {list(norm.params)} "
-                f"and {norm.axes.count} axes. The scale and shift of a sample stand for weight and bias."
+                f"and {norm.axes} axes. The scale and shift of a sample stand for weight and bias."
             )
-        self.norm = norm
-        self.params: dict[str, Array] = {}
-        self.shards: dict[str, int | None] = {}
+        of_norm = norm.formula
+        bound = partial(forward, of_norm.forward), partial(backward, of_norm.backward)
+        formula = engine.Formula(*bound, Saved, params=("scale", "shift"), read=("scale",))
+        self.params = {}
+        self._set(norm=norm, group=norm.group, formula=formula, shards={})
 
     def forward(self, x: Array, scale: Array, shift: Array) -> tuple[Array, Saved]:
         """Return y of the shape and dtype of x, and what backward needs.
@@ -81,51 +101,40 @@ class AdaptiveNorm:
         x : array of shape (samples, ..., features)
         scale, shift : arrays of shape (samples, features)
         """
-        condition = {"weight": scale, "bias": shift}
-        rows = self._rows(condition, x=x)
-        norm, axes = self.norm, rows.axes
-
-        def formula(x_: Array, w: Array, b: Array, eps: Array) -> tuple[Array, tuple[Array, ...]]:
-            if isinstance(norm, layer_norm.LayerNorm):
-                return layer_norm.normalize(axes, norm.statistics, x_, 1 + w, b, eps)
-            return rms_norm.normalize(axes, norm.gain, x, x_, 1 + w, b, eps)
-
-        y, statistics, exponents = rows.forward(formula, x, condition)
-        return y, Saved(x, condition, statistics, exponents)
+        condition = {"scale": scale, "shift": shift}
+        y, statistics, exponent = self._rows(condition, x=x).forward(x, condition)
+        return y, Saved(x, scale, shift, statistics, exponent)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
         """Return (dx, dscale, dshift), of the shapes and dtypes of x, scale and shift; there are no parameters."""
-        check_saved("AdaptiveNorm", saved, Saved, self.norm.axes.group)
-        x, condition, statistics, exponents = saved
+        checks.check_saved("AdaptiveNorm", saved, Saved, self.group)
+        x, scale, shift, statistics, exponent = saved
+        condition = {"scale": scale, "shift": shift}
         rows = self._rows(condition, dy=dy, x=x)
-        norm, axes = self.norm, rows.axes
-        centred = isinstance(norm, layer_norm.LayerNorm)
-        with errors_on_all_ranks(axes.group):
-            if len(statistics) != (3 if centred else 1):
+        with errors_on_all_ranks(self.group):
+            if len(statistics) != len(self.norm.formula.saved._fields) - 2:  # x and the exponent are none
                 raise ValueError(
-                    f"AdaptiveNorm: saved has {len(statistics)} statistics, which is not what {type(norm).__name__} "
-                    "saves. Hand backward what this very norm saved."
+                    f"AdaptiveNorm: saved has {len(statistics)} statistics, which is not what "
+                    f"{type(self.norm).__name__} saves. Hand backward what this very norm saved."
                 )
+        dx, grads = rows.backward(dy, x, condition, statistics, exponent)
+        return (dx, grads["scale"], grads["shift"]), {}
 
-        def formula(dy: Array, x_: Array, w: Array, *rest: Array) -> tuple[Array, dict[str, Array]]:
-            if isinstance(norm, layer_norm.LayerNorm):
-                return layer_norm.normalize_backward(axes, dy, x_, 1 + w, *rest)
-            return rms_norm.normalize_backward(axes, norm.gain, x, dy, x_, 1 + w, *rest)
-
-        dx, grads = rows.backward(formula, dy, x, condition, statistics, exponents)
-        return (dx, grads["weight"], grads["bias"]), {}
-
-    def _rows(self, condition: dict[str, Array], **arrays: Array) -> Rows:
-        group, x = self.norm.axes.group, arrays["x"]
-        check_features("AdaptiveNorm", {}, 1, group, **arrays)
-        with errors_on_all_ranks(group):
-            expected = (x.shape[0], x.shape[-1])
-            for name, array in zip(("scale", "shift"), condition.values(), strict=True):
-                check_module("AdaptiveNorm", array, {"x": x})
-                check_float("AdaptiveNorm", name, array)
-                if x.ndim < 2 or tuple(array.shape) != expected:
+    def _rows(self, condition: dict[str, Array], **arrays: Array) -> engine.Rows:
+        """Check the arrays; return their rows."""
+        norm, x = self.norm, arrays["x"]
+        checks.check_features("AdaptiveNorm", {}, 1, norm.group, norm.features, **arrays)
+        with errors_on_all_ranks(norm.group):
+            for name, array in condition.items():
+                checks.check_module("AdaptiveNorm", array, {"x": x})
+                checks.check_float("AdaptiveNorm", name, array)
+                if x.ndim < 2 or tuple(array.shape) != (x.shape[0], x.shape[-1]):
                     raise ValueError(
                         f"AdaptiveNorm: x has shape {tuple(x.shape)}, {name} {tuple(array.shape)}. "
                         "They take (samples, ..., features) and (samples, features)."
                     )
-        return Rows(Samples("AdaptiveNorm", group, x), self.norm.rows.eps, self.norm.rows.compute)
+        layout = engine.Samples("AdaptiveNorm", norm.group, x)
+        return engine.Rows(layout, self.formula, norm.eps, norm.compute, form=getattr(norm, "statistics", "two-pass"))
+
+    def _shown(self) -> dict[str, Any]:
+        return {"norm": self.norm}

@@ -9,29 +9,47 @@ Forward, element by element, with two numbers alpha and s for all:
 
 Backward, given dy:
 
-    dz     = dy w
-    du     = dz 2 / sqrt(pi) exp(-u^2)    u = alpha x + s
-    dx     = alpha du
+    dz = dy w
+    du = dz 2 / sqrt(pi) exp(-u^2)        u = alpha x + s
+    dx = alpha du
+    dw = sum over rows of dy z
+    db = sum over rows of dy
     dalpha = sum over rows and features of x du
-    ds     = sum over rows and features of du
-    dw     = sum over rows of dy z
-    db     = sum over rows of dy
+    ds = sum over rows and features of du
 
-Communicated, when the features are split over the ranks of a group: nothing forward; backward a sum of two numbers,
-for alpha and s. The error function is SciPy's.
+Communicated, when the features are split over the ranks of a group: nothing forward; backward a sum of two numbers, for
+alpha and s. The error function is SciPy's.
 """
 
 import math
-from typing import Any
+from typing import Any, Self, Unpack
 
 import numpy as np
 
 from npnorm.arrays import Array, erf, exp
-from npnorm.group import SOLO, Group
-from npnorm.norms.elementwise import Elementwise
+from npnorm.engine import Formula, Row
+from npnorm.norms import elementwise
+from npnorm.norms.norm import Common
 
 
-class Derf(Elementwise):
+def forward(row: Row, x: Array, w: Array, b: Array, alpha: Array, s: Array) -> tuple[Array, tuple[()]]:
+    """Return y; there are no statistics."""
+    z = erf(alpha * x + s)
+    y = z * w + b
+    return y, ()
+
+
+def backward(row: Row, dy: Array, x: Array, w: Array, alpha: Array, s: Array) -> tuple[Array, ...]:
+    """Return dx, and dw, db, dalpha and ds before their sums over the rows."""
+    u = alpha * x + s
+    z = erf(u)
+    dz = dy * w
+    du = dz * (2 / math.sqrt(math.pi) * exp(-u * u))
+    dx = alpha * du
+    return dx, dy * z, dy, row.local_sum(x * du), row.local_sum(du)
+
+
+class Derf(elementwise.Elementwise):
     """Squash each element by an error function in place of a norm: y = erf(alpha x + s) w + b.
 
     Parameters
@@ -39,15 +57,10 @@ class Derf(Elementwise):
     alpha, shift : arrays of shape () or (1,)
         The slope and the shift s, for all elements; the paper starts them at 0.5 and 0. On a group, the same on every
         rank.
-    weight : array of the shape of the features, or None
-        The gain w; None leaves it out. On a group, this rank's shard along the last axis.
-    bias : array of the shape of the features, or None
-        The shift b after the squashing; None leaves it out.
-    group : Group
-        The ranks over which the last axis is split equally. Communicated: nothing forward; backward a sum of two
-        numbers.
-    compute : "float64", "float32" or None
-        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
+    weight, bias : arrays of the shape of the features, or None
+        w and b; None leaves it out. On a group, this rank's shard of the last axis.
+    **settings : group, compute
+        As for every `FeatureNorm`.
 
     Examples
     --------
@@ -57,7 +70,13 @@ class Derf(Elementwise):
     array([[0., 1.]])
     """
 
-    layer = "Derf"
+    formula = Formula(
+        forward,
+        backward,
+        elementwise.Saved,
+        params=("weight", "bias", "alpha", "shift"),
+        read=("weight", "alpha", "shift"),
+    )
 
     def __init__(
         self,
@@ -65,24 +84,12 @@ class Derf(Elementwise):
         shift: Array,
         weight: Array | None = None,
         bias: Array | None = None,
-        *,
-        group: Group = SOLO,
-        compute: str | None = None,
+        **settings: Unpack[Common],
     ) -> None:
-        super().__init__({"alpha": alpha, "shift": shift}, weight, bias, group, compute)
+        super().__init__({"alpha": alpha, "shift": shift}, weight, bias, **settings)
 
     @classmethod
-    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Any) -> "Derf":
+    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Any) -> Self:
         """Return the layer with the paper's alpha of 0.5 and shift of 0, a weight of ones and a bias of zeros."""
-        scalars = np.full(1, 0.5, dtype), np.zeros(1, dtype)
-        return cls(*scalars, np.ones(features, dtype), np.zeros(features, dtype), **settings)
-
-    @staticmethod
-    def squash(u: Array) -> Array:
-        """Return erf(u)."""
-        return erf(u)
-
-    @staticmethod
-    def slope(u: Array, z: Array) -> Array:
-        """Return the derivative of erf at u."""
-        return 2 / math.sqrt(math.pi) * exp(-u * u)
+        numbers = np.full(1, 0.5, dtype), np.zeros(1, dtype)
+        return cls(*numbers, np.ones(features, dtype), np.zeros(features, dtype), **settings)

@@ -12,55 +12,85 @@ arXiv:2305.14858, section 3.
 
 from typing import Any
 
-from npnorm.arrays import Array, array_module, round_to, widest
-from npnorm.checks import check_float, check_module
+from npnorm import arrays, checks
+from npnorm.arrays import Array
 from npnorm.group import errors_on_all_ranks
+from npnorm.norms.layer_norm import LayerNorm
+from npnorm.norms.rms_norm import RMSNorm
 
 
-def fold_into(params: dict[str, Array], linear: Any, axes: int = 1) -> Any:
-    """Return a copy of `linear` that has taken in the weight and bias of the norm before it.
+def fold(norm: LayerNorm | RMSNorm, linear: Any) -> tuple[Any, Any]:
+    """Return the norm without weight and bias, and a copy of the linear layer that has taken them in.
 
     Parameters
     ----------
-    params : dict
-        "weight" and "bias" of the norm, of shape (inputs,), or none of them. On a group that splits the inputs, shards.
+    norm : LayerNorm or RMSNorm
+        Over one axis.
     linear : Linear
-        With a weight of shape (outputs, inputs). On a group that splits the inputs, this costs one sum, of W b.
-
-    axes : int
-        The trailing axes of the norm; a linear layer reads one.
+        The layer that reads y: its inputs are the features of the norm. On a group that splits the inputs, a bias of
+        the norm costs one sum, of W b.
 
     Returns
     -------
+    norm : LayerNorm or RMSNorm
+        With the same settings.
     linear : Linear
         Computed in float64, and rounded once to the dtype of the weight of `linear`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from npnorm.layers import Linear
+    >>> norm = LayerNorm(np.array([2.0, 0.5]), np.array([1.0, -1.0]))
+    >>> bare, linear = fold(norm, Linear(np.array([[1.0, 2.0], [3.0, 4.0]])))
+    >>> bare.params, linear.params["weight"], linear.params["bias"]
+    ({}, array([[2., 1.],
+           [6., 2.]]), array([-1., -1.]))
     """
     matrix, bias = linear.params["weight"], linear.params.get("bias")
+    if not isinstance(norm, (LayerNorm, RMSNorm)):
+        raise TypeError(f"fold takes a LayerNorm or RMSNorm; got {arrays.with_article(norm)}.")
     with errors_on_all_ranks(linear.group):
-        check_module("fold_into", matrix, params)
-        if axes != 1:
+        checks.check_module("fold", matrix, norm.params)
+        if norm.axes != 1:
             raise ValueError(
-                f"fold_into: the norm is over {axes} axes, and a linear layer reads one. Leave them apart."
+                f"fold: the norm is over {norm.axes} axes, and a linear layer reads one. Leave them apart."
             )
-        for name, array in params.items():
+        for name, array in norm.params.items():
             if tuple(array.shape) != tuple(matrix.shape[1:]):
                 raise ValueError(
-                    f"fold_into: {name} of the norm has shape {tuple(array.shape)}, the matrix {tuple(matrix.shape)}. "
+                    f"fold: {name} of the norm has shape {tuple(array.shape)}, the matrix {tuple(matrix.shape)}. "
                     "The linear layer must read the output of the norm: its inputs are the norm's features."
                 )
-    xp = array_module(matrix)
-    wide = getattr(xp, widest(matrix))
-    w, b = (xp.astype(params[name], wide) if name in params else None for name in ("weight", "bias"))
-    product = xp.astype(matrix, wide)
-    if b is not None:
-        shift = linear.group.sum(product @ b, label="fold_into")
-        bias = round_to(shift if bias is None else shift + xp.astype(bias, wide), matrix.dtype)
-    if w is not None:
-        product = product * w
-    return type(linear)(round_to(product, matrix.dtype), bias, group=linear.group)
+    xp, dtype = arrays.array_module(matrix), arrays.widest(matrix)
+    product = xp.astype(matrix, getattr(xp, dtype))
+    if "bias" in norm.params:
+        shift = linear.group.sum(product @ xp.astype(norm.params["bias"], getattr(xp, dtype)), label="fold")
+        shift = shift if bias is None else shift + xp.astype(bias, getattr(xp, dtype))
+        bias = arrays.round_to(shift, matrix.dtype)
+    if "weight" in norm.params:
+        product = product * xp.astype(norm.rows.with_offset(norm.params["weight"]), getattr(xp, dtype))
+    settings: Any = {"eps": norm.eps, "group": norm.group, "compute": norm.compute}
+    if isinstance(norm, LayerNorm):
+        settings["statistics"] = norm.statistics
+    return type(norm)(**settings), type(linear)(arrays.round_to(product, matrix.dtype), bias, group=linear.group)
 
 
-def centre_writer(params: dict[str, Array], axis: int = 0) -> dict[str, Array]:
+def to_rms_norm(norm: LayerNorm) -> RMSNorm:
+    """Return the RMSNorm that equals a LayerNorm on rows with mean 0: see `centre_outputs`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> to_rms_norm(LayerNorm(np.ones(4), np.zeros(4), eps=0.5))
+    RMSNorm(weight=(4,) float64, bias=(4,) float64, eps=0.5)
+    """
+    settings: Any = {"group": norm.group, "compute": norm.compute}
+    shape = {"axes": norm.axes} if norm.features is None else {"features": norm.features}
+    return RMSNorm(**norm.params, eps=norm.eps, **shape, **settings)
+
+
+def centre_outputs(params: dict[str, Array], axis: int = 0) -> dict[str, Array]:
     """Return the parameters of a layer that writes to the residual stream so that its rows have mean 0.
 
     Parameters
@@ -73,15 +103,15 @@ def centre_writer(params: dict[str, Array], axis: int = 0) -> dict[str, Array]:
     Examples
     --------
     >>> import numpy as np
-    >>> centre_writer({"weight": np.array([[1.0, 5.0], [3.0, 1.0]]), "bias": np.array([4.0, 0.0])})["weight"]
+    >>> centre_outputs({"weight": np.array([[1.0, 5.0], [3.0, 1.0]]), "bias": np.array([4.0, 0.0])})["weight"]
     array([[-1.,  2.],
            [ 1., -2.]])
     """
     centred = {}
     for name, array in params.items():
-        check_float("centre_writer", name, array)
-        xp = array_module(array)
-        wide = xp.astype(array, getattr(xp, widest(array)))
+        checks.check_float("centre_outputs", name, array)
+        xp = arrays.array_module(array)
+        wide = xp.astype(array, getattr(xp, arrays.widest(array)))
         mean = xp.mean(wide, axis=min(axis, array.ndim - 1), keepdims=True)
-        centred[name] = round_to(wide - mean, array.dtype)
+        centred[name] = arrays.round_to(wide - mean, array.dtype)
     return centred

@@ -1,90 +1,93 @@
-"""RMSNorm with a gate, as in Mamba-2 and Gated DeltaNet.
+"""RMSNorm with a gate, as in Mamba-2, Gated DeltaNet and Qwen3-Next.
 
-Tri Dao and Albert Gu, "Transformers are SSMs", ICML 2024, arXiv:2405.21060; the two orders, and the groups,
-are those of the reference code, mamba_ssm/ops/triton/layernorm_gated.py. Qwen3-Next norms before the gate.
+The two orders, and the groups of features, are those of the reference code of Mamba-2 (Tri Dao and Albert Gu,
+"Transformers are SSMs", ICML 2024, arXiv:2405.21060), mamba_ssm/ops/triton/layernorm_gated.py. Here is the norm before
+the gate, which Qwen3-Next has; the other order is in `npnorm.norms.gate_before_norm`.
 
-Forward, for each row x of n features (of one group of them) with its gate g, and silu(g) = g / (1 + exp(-g)):
+Forward, for each row x of n features (of one group of them) with its gate g, and the norm of `npnorm.norms.rms_norm`:
 
-    norm before gate:   z = x / sqrt(mean(x^2) + eps)         y = z w silu(g)
-    gate before norm:   u = x silu(g)
-                        z = u / sqrt(mean(u^2) + eps)         y = z w
+    silu = g sigmoid(g)                   sigmoid(g) = 1 / (1 + exp(-g))
+    v = norm(x, w)
+    y = v silu
 
-Backward, given dy, with silu'(g) = s + g s (1 - s), s = 1 / (1 + exp(-g)):
+Backward, given dy, with norm' the backward pass of norm:
 
-    norm before gate:   dz = dy silu(g) w                     dg = dy z w silu'(g)
-                        dx = rstd (dz - z mean(dz z))         dw = sum over rows of dy silu(g) z
-    gate before norm:   dz = dy w                             dg = du x silu'(g)
-                        du = rstd (dz - z mean(dz z))         dw = sum over rows of dy z
-                        dx = du silu(g)
+    s = sigmoid(g)
+    silu = g s
+    dsilu = s + g s (1 - s)               the derivative of silu by g
+    v = x rstd w
+    dv = dy silu
+    dx, dw = norm'(dv, x, w)
+    dg = dy v dsilu
 
-Split over the ranks of a group, a row costs one all-reduce forward and one backward, as for RMSNorm; with several
-groups of features each rank holds whole groups, and nothing is communicated.
+A row that is split over the ranks of a group costs one sum over the ranks forward and one backward, as for RMSNorm;
+with several groups of features each rank holds whole groups, and nothing is communicated.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, exp, sqrt
-from npnorm.axes import Groups
-from npnorm.blocked import Rows
-from npnorm.checks import check_features, check_saved, check_settings, is_count
-from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
-from npnorm.norms.statistics import affine, refine
+from npnorm import checks, engine
+from npnorm.arrays import Array, sigmoid
+from npnorm.norms import gate_before_norm, norm, rms_norm
 
 
-def sigmoid(g: Array) -> Array:
-    """Return 1 / (1 + exp(-g)), without overflow."""
-    xp = array_module(g)
-    e = exp(xp.where(g > 0, -g, g))
-    return xp.where(g > 0, 1 / (1 + e), e / (1 + e))
-
-
-class Gated(Groups):
-    """The groups of x silu(g): what is measured where the gate comes first."""
-
-    extends = True
-
-    def measured(self, x: Array, *others: Array) -> Array:
-        """Return x silu(g)."""
-        (g,) = others
-        return x * (g * sigmoid(g))
-
-
+@norm.show_shapes
 class Saved(NamedTuple):
     """What backward needs of forward."""
 
     x: Array
     gate: Array
     norm_before_gate: bool
-    rstd: Array  # one number for each row, of the scaled rows
-    scale: Array | None  # the exponent of two a row was divided by, where its squares leave the range
+    rstd: Array  # one number for each row
+    exponent: Array | None  # rows whose squares overflow were divided by 2^exponent; None: there were none
 
 
-class GatedRMSNorm:
+def forward(row: engine.Row, x: Array, g: Array, w: Array) -> tuple[Array, tuple[Array]]:
+    """Return y, and the statistics to save."""
+    silu = g * sigmoid(g)
+    v, statistics = rms_norm.forward(row, x, w, row.without_bias(x))
+    y = v * silu
+    return y, statistics
+
+
+def backward(row: engine.Row, dy: Array, x: Array, g: Array, w: Array, rstd: Array) -> tuple[Array, Array, Array]:
+    """Return dx and dg, and dw before its sum over the rows."""
+    s = sigmoid(g)
+    silu = g * s
+    dsilu = s + g * s * (1 - s)
+    v = x * rstd * w
+    dv = dy * silu
+    dx, dw, _ = rms_norm.backward(row, dv, x, w, rstd)
+    dg = dy * v * dsilu
+    return dx, dg, dw
+
+
+NORM_FIRST = engine.Formula(forward, backward, Saved, ("weight",))
+"""The formula of this page."""
+
+GATE_FIRST = engine.Formula(
+    gate_before_norm.forward, gate_before_norm.backward, Saved, ("weight",), measured=gate_before_norm.measured
+)
+"""The formula of the other order."""
+
+
+class GatedRMSNorm(norm.Norm):
     """Normalize by the root mean square, and multiply by a gate: y = N(x) w silu(g), or N(x silu(g)) w.
 
     Parameters
     ----------
     weight : array of shape (features,), or None
-        The gain w; None leaves it out. On a group, this rank's shard.
+        w; None leaves it out. On a group, this rank's shard.
     eps : float
-        Added to the mean square; in units of x squared.
+        Added to the mean square, so in units of x squared.
     groups : int
         Groups of neighbouring features, over all ranks, that are normalized apart.
     norm_before_gate : bool
         The first of the two orders, or the second.
-    group : Group
-        The ranks over which the features are split equally. Communicated: with one group of features one sum of a
-        number for each row forward, one backward; with more groups nothing, and the ranks must divide them.
-    compute : "float64", "float32" or None
-        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
-
-    Raises
-    ------
-    ValueError, TypeError
-        On every rank alike, if the weight is not floats of shape (features,), the groups do not divide the features, or
-        eps is not finite and >= 0.
+    **settings : group, compute
+        As for every `FeatureNorm`. With several groups of features, the ranks must divide them.
 
     Examples
     --------
@@ -94,6 +97,9 @@ class GatedRMSNorm:
     array([[  0., 140.]])
     """
 
+    groups: int
+    norm_before_gate: bool
+
     def __init__(
         self,
         weight: Array | None = None,
@@ -101,87 +107,41 @@ class GatedRMSNorm:
         *,
         groups: int = 1,
         norm_before_gate: bool = True,
-        group: Group = SOLO,
-        compute: str | None = None,
+        **settings: Unpack[norm.Common],
     ) -> None:
+        group = self._set_common(settings)
         self.params = {} if weight is None else {"weight": weight}
-        check_settings(
-            "GatedRMSNorm",
-            self.params,
-            eps,
-            group,
-            "(features,), one axis",
-            groups=groups,
-            norm_before_gate=norm_before_gate,
-            compute=compute,
-        )
-        self.shards = dict.fromkeys(self.params, None if isinstance(group, Solo) else 0)
-        with errors_on_all_ranks(group):
-            if not is_count(groups):
-                raise ValueError(f"GatedRMSNorm: groups is {groups!r}. It must be an integer, 1 or more.")
-            if groups > 1 and groups % group.size:
-                raise ValueError(
-                    f"GatedRMSNorm: {group.size} ranks cannot share {groups} groups. The ranks must divide them."
-                )
-        self.group, self.groups, self.norm_before_gate = group, groups, norm_before_gate
-        self.axes = (Groups if norm_before_gate else Gated)("GatedRMSNorm", group, groups)
-        self.rows = Rows(self.axes, eps, compute)
-        for array in self.params.values():
-            self._check_groups(array.shape[0])
+        told: dict[str, Any] = {"groups": groups, "norm_before_gate": norm_before_gate, "compute": self.compute}
+        checks.check_settings("GatedRMSNorm", self.params, eps, group, "(features,), one axis", **told)
+        checks.check_feature_groups("GatedRMSNorm", groups, group, *(a.shape[0] for a in self.params.values()))
+        layout = engine.Groups("GatedRMSNorm", group, groups)
+        formulas = {True: NORM_FIRST, False: GATE_FIRST}
+        rows = {first: engine.Rows(layout, formula, eps, self.compute) for first, formula in formulas.items()}
+        self._set(eps=float(eps), groups=groups, norm_before_gate=bool(norm_before_gate), rows=rows)
+        self._set(shards=dict.fromkeys(self.params, self._axis(0)))
 
     @classmethod
-    def init(cls, features: int, dtype: str = "float32", **settings: Any) -> "GatedRMSNorm":
+    def init(cls, features: int, dtype: str = "float32", **settings: Any) -> Self:
         """Return the norm with a weight of ones."""
         return cls(np.ones(features, dtype), **settings)
 
     def forward(self, x: Array, gate: Array) -> tuple[Array, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
         self._check(gate=gate, x=x)
-        axes, norm_before_gate = self.axes, self.norm_before_gate
-
-        def formula(x: Array, g: Array, w: Array, b: None, eps: Array) -> tuple[Array, tuple[Array]]:
-            silu = g * sigmoid(g)
-            u = axes.measured(x, g)  # x, or x silu
-            rstd = 1 / sqrt(axes.mean(u * u) + eps)
-            z = u * rstd
-            y = affine(z, w) * silu if norm_before_gate else affine(z, w)
-            return y, (rstd,)
-
-        y, (rstd,), scale = self.rows.forward(formula, x, self.params, gate)
-        return y, Saved(x, gate, norm_before_gate, rstd, scale)
+        y, (rstd,), exponent = self.rows[self.norm_before_gate].forward(x, self.params, gate)
+        return y, Saved(x, gate, self.norm_before_gate, rstd, exponent)
 
     def backward(self, dy: Array, saved: Saved) -> tuple[tuple[Array, Array], dict[str, Array]]:
         """Return (dx, dgate), of the shapes and dtypes of x and gate, and the gradient of the weight, in its dtype."""
-        check_saved("GatedRMSNorm", saved, Saved, self.group)
-        x, gate, norm_before_gate, rstd, scale = saved
+        checks.check_saved("GatedRMSNorm", saved, Saved, self.group)
+        x, gate, norm_before_gate, rstd, exponent = saved
         self._check(dy=dy, x=x)
-        axes = self.axes
-
-        def formula(
-            dy: Array, x: Array, g: Array, w: Array, rstd: Array, eps: Array
-        ) -> tuple[tuple[Array, Array], dict[str, Array]]:
-            s = sigmoid(g)
-            silu, dsilu = g * s, s + g * s * (1 - s)
-            u = x if norm_before_gate else x * silu
-            z = u * rstd
-            dn = dy * silu if norm_before_gate else dy  # n = z w
-            dz = affine(dn, w)
-            d = dz - z * axes.mean(dz * z)
-            du = rstd * refine(axes, d, (dn, w), u, eps * rstd * rstd)
-            if norm_before_gate:
-                return (du, dy * affine(z, w) * dsilu), {"weight": dn * z}
-            return (du * silu, du * x * dsilu), {"weight": dn * z}
-
-        return self.rows.backward(formula, dy, x, self.params, (rstd,), scale, gate)
+        return self.rows[norm_before_gate].backward(dy, x, self.params, (rstd,), exponent, gate)
 
     def _check(self, **arrays: Array) -> None:
-        check_features("GatedRMSNorm", self.params, 1, self.group, **arrays)
-        self._check_groups(arrays["x"].shape[-1])
+        checks.check_features("GatedRMSNorm", self.params, 1, self.group, **arrays)
+        checks.check_feature_groups("GatedRMSNorm", self.groups, self.group, arrays["x"].shape[-1])
 
-    def _check_groups(self, held: int) -> None:
-        with errors_on_all_ranks(self.group):
-            if held * self.group.size % self.groups:
-                raise ValueError(
-                    f"GatedRMSNorm: {self.groups} groups cannot share {held * self.group.size} features equally. "
-                    "Choose a number of groups that divides the features."
-                )
+    def _shown(self) -> dict[str, Any]:
+        shown = {"groups": self.groups} if self.groups > 1 else {}
+        return super()._shown() | shown | ({} if self.norm_before_gate else {"norm_before_gate": False})

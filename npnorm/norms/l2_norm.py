@@ -1,22 +1,25 @@
-"""L2 normalization: each row becomes a unit vector.
+"""L2 normalization: each row becomes a unit vector. As `torch.nn.functional.normalize`.
 
-    norm = max(sqrt(sum(x^2)), eps)
-    y    = x / norm
+Forward, for each row x:
+
+    norm  = max(sqrt(sum(x^2)), eps)      longer: 1 where that is the length of x, 0 where it is eps
+    rnorm = 1 / norm
+    y     = x rnorm
 
 Backward, given dy:
 
-    dx = (dy - y sum(dy y)) / norm        where |x| >= eps
-    dx = dy / eps                         where the row is shorter than eps
+    dx = rnorm (dy - y longer sum(dy y))
 
-As `torch.nn.functional.normalize`. Beware of the name: the classes Llama4TextL2Norm of the library transformers and
-L2Norm of Megatron-LM divide by the root mean square; that is `RMSNorm` without a weight, sqrt(n) times this.
+These are the formulas of `npnorm.norms.scale_norm` without its weight, and so is what is communicated: one sum over the
+ranks of a group forward, and one backward.
 
-A row split over the ranks of a group costs one all-reduce forward, of sum(x^2), and one backward, of sum(dy y).
+Beware of the name. The classes Llama4TextL2Norm of the library transformers and L2Norm of Megatron-LM divide by the
+root mean square; that is `RMSNorm` without a weight, sqrt(n) times this.
 """
 
-from typing import Any
+from typing import Any, Self, Unpack
 
-from npnorm.group import SOLO, Group
+from npnorm.norms.norm import Settings
 from npnorm.norms.scale_norm import ScaleNorm
 
 
@@ -26,14 +29,9 @@ class L2Norm(ScaleNorm):
     Parameters
     ----------
     eps : float
-        The least length that is divided by; in units of x.
-    axes : int
-        How many trailing axes are the features.
-    group : Group
-        The ranks over which the last axis is split equally. Communicated: one sum of a number for each row forward,
-        one backward.
-    compute : "float64", "float32" or None
-        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
+        The least length that is divided by, so in units of x.
+    **settings : axes, features, group, compute
+        As for every `FeatureNorm`; here axes is 1 unless it is given.
 
     Raises
     ------
@@ -48,12 +46,10 @@ class L2Norm(ScaleNorm):
     array([[0.6, 0.8]])
     """
 
-    layer = "L2Norm"
-
-    def __init__(self, eps: float = 1e-12, *, axes: int = 1, group: Group = SOLO, compute: str | None = None) -> None:
-        super().__init__(None, eps, axes=axes, group=group, compute=compute)
+    def __init__(self, eps: float = 1e-12, **settings: Unpack[Settings]) -> None:
+        super().__init__(None, eps, **settings)
 
     @classmethod
-    def init(cls, features: int | None = None, dtype: str = "float32", **settings: Any) -> "L2Norm":
+    def init(cls, features: int | None = None, dtype: str = "float32", **settings: Any) -> Self:
         """Return the norm, which has no parameters, whatever the features and their dtype."""
         return cls(**settings)

@@ -1,57 +1,59 @@
 """QK normalization: the queries and keys of attention, each divided by its root mean square.
 
 Alex Henry et al., "Query-Key Normalization for Transformers", Findings of EMNLP 2020, arXiv:2010.04245, has the idea
-(with L2 norms); models take RMSNorm, before the rotary positions, in two ways that differ under tensor parallelism:
+(with L2 norms); models take RMSNorm, before the rotary positions.
+
+Forward, with the norm of `npnorm.norms.rms_norm`, and for each of queries and keys a weight of its own:
+
+    q = norm(q)
+    k = norm(k)
+
+Backward, given dq and dk, with norm' the backward pass of norm:
+
+    dq = norm'(dq)
+    dk = norm'(dk)
+
+There are two ways, which differ under tensor parallelism:
 
     per head      a row is one head of one position, the weight of shape (head_dim,) is the same for all heads (Qwen3,
                   Gemma 3). Ranks that split the heads hold whole rows: nothing is communicated forward. Backward, each
                   rank has a part of the two weights' gradients: one sum
     full width    a row is all heads of one position, the weight of shape (heads head_dim,) (OLMo-2). Ranks that split
                   the heads split the rows: one sum forward and one backward for each of queries and keys
-
-Forward and backward are the formulas of `npnorm.norms.rms_norm`.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
 
+from npnorm import checks, engine, group
 from npnorm.arrays import Array, round_to
-from npnorm.axes import Features
-from npnorm.blocked import Rows
-from npnorm.checks import check_features, check_saved, check_settings
-from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
-from npnorm.norms.rms_norm import Saved as SavedRMSNorm
-from npnorm.norms.rms_norm import normalize, normalize_backward
-from npnorm.norms.weight import Gain
+from npnorm.norms import cast_rms_norm, norm, rms_norm
 
 
+@norm.show_shapes
 class Saved(NamedTuple):
     """What RMSNorm saved for the queries and for the keys."""
 
-    q: SavedRMSNorm
-    k: SavedRMSNorm
+    q: rms_norm.Saved
+    k: rms_norm.Saved
 
 
-class QKNorm:
+class QKNorm(norm.Norm):
     """Normalize queries and keys by their root mean square, before attention.
 
     Parameters
     ----------
     q_weight, k_weight : arrays of shape (head_dim,); with full_width of shape (heads head_dim,)
-        The gains. On a group, per head: the same on every rank; full width: this rank's shard.
+        The weights. On a group, per head: the same on every rank; full width: this rank's shard.
     eps : float
-        Added to the mean square.
+        Added to the mean square, so in units of x squared.
     full_width : bool
         Whether a row is all heads of a position, or each head by itself.
     offset, cast
-        As `RMSNorm` has them.
-    group : Group
-        The ranks over which the heads are split equally. Communicated per head: nothing forward, backward one sum of
-        both gradients; full width: one sum forward and one backward for each of queries and keys.
-    compute : "float64", "float32" or None
-        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
+        As `CastRMSNorm` has them; cast is None unless it is given.
+    **settings : group, compute
+        As for every `FeatureNorm`. The ranks of the group split the heads equally.
 
     Examples
     --------
@@ -64,6 +66,10 @@ class QKNorm:
            [[-1.4,  0.2]]])
     """
 
+    full_width: bool
+    offset: float
+    cast: str | None
+
     def __init__(
         self,
         q_weight: Array,
@@ -73,66 +79,70 @@ class QKNorm:
         full_width: bool = False,
         offset: float = 0,
         cast: str | None = None,
-        group: Group = SOLO,
-        compute: str | None = None,
+        **settings: Unpack[norm.Common],
     ) -> None:
+        ranks = self._set_common(settings)
         self.params = {"q_norm": {"weight": q_weight}, "k_norm": {"weight": k_weight}}
-        self.axes = Features("QKNorm", group if full_width else SOLO)
-        self.group, self.full_width = group, full_width
-        axis = 0 if full_width and not isinstance(group, Solo) else None
-        self.shards = {"q_norm": {"weight": axis}, "k_norm": {"weight": axis}}
-        replicated, shape = () if full_width else ("weight",), "(features,), one axis"
+        told: dict[str, Any] = {"full_width": full_width, "offset": offset, "compute": self.compute}
         for params in self.params.values():
-            check_settings(
-                "QKNorm", params, eps, group, shape, replicated=replicated, full_width=full_width, compute=compute
-            )
+            replicated = () if full_width else params
+            checks.check_settings("QKNorm", params, eps, ranks, "(features,), one axis", replicated=replicated, **told)
+            checks.check_offset("QKNorm", params, offset, ranks)
         if not full_width:
-            with errors_on_all_ranks(group):
+            with group.errors_on_all_ranks(ranks):
                 if q_weight.shape != k_weight.shape:
                     raise ValueError(
                         f"QKNorm: the weight of the queries has shape {tuple(q_weight.shape)}, of the keys "
                         f"{tuple(k_weight.shape)}. Per head both have shape (head_dim,)."
                     )
-        weights = {"q": q_weight, "k": k_weight}
-        self.gains = {name: Gain("QKNorm", weight, offset, cast, group) for name, weight in weights.items()}
-        self.rows = Rows(self.axes, eps, compute, group)
+        formula = cast_rms_norm.order("QKNorm", cast, ranks)
+        layout = engine.Features("QKNorm", ranks if full_width else group.SOLO)
+        rows = {
+            name: engine.Rows(layout, formula, eps, self.compute, offset=offset, group=ranks) for name in ("q", "k")
+        }
+        axis = 0 if not layout.local else None
+        self._set(eps=float(eps), full_width=full_width, offset=offset, cast=cast, rows=rows)
+        self._set(shards={"q_norm": {"weight": axis}, "k_norm": {"weight": axis}})
 
     @classmethod
-    def init(cls, head_dim: int, dtype: str = "float32", **settings: Any) -> "QKNorm":
-        """Return the norm per head with gains of ones."""
+    def init(cls, head_dim: int, dtype: str = "float32", **settings: Any) -> Self:
+        """Return the norm per head that multiplies by 1."""
         ones = np.full(head_dim, 1 - settings.get("offset", 0), dtype)
         return cls(ones, ones.copy(), **settings)
 
     def forward(self, q: Array, k: Array) -> tuple[tuple[Array, Array], Saved]:
         """Return (q, k), normalized, and what backward needs: per head of shape (..., head_dim)."""
-        y_q, saved_q = self._forward("q", q)
-        y_k, saved_k = self._forward("k", k)
-        return (y_q, y_k), Saved(saved_q, saved_k)
+        q, saved_q = self._forward("q", q)
+        k, saved_k = self._forward("k", k)
+        return (q, k), Saved(saved_q, saved_k)
 
     def backward(self, dq: Array, dk: Array, saved: Saved) -> tuple[tuple[Array, Array], dict[str, Any]]:
         """Return (dq, dk), and the complete gradients of the weights."""
-        check_saved("QKNorm", saved, Saved, self.group)
-        dx_q, dw_q = self._backward("q", dq, saved.q)
-        dx_k, dw_k = self._backward("k", dk, saved.k)
+        checks.check_saved("QKNorm", saved, Saved, self.group)
+        dq, dw_q = self._backward("q", dq, saved.q)
+        dk, dw_k = self._backward("k", dk, saved.k)
         if not self.full_width:
             dw_q, dw_k = self.group.sum(dw_q, dw_k, label="the weight gradients of QKNorm")
         grads = {
             name: {"weight": round_to(dw, self.params[name]["weight"].dtype)}
             for name, dw in (("q_norm", dw_q), ("k_norm", dw_k))
         }
-        return (dx_q, dx_k), grads
+        return (dq, dk), grads
 
-    def _forward(self, name: str, x: Array) -> tuple[Array, SavedRMSNorm]:
+    def _forward(self, name: str, x: Array) -> tuple[Array, rms_norm.Saved]:
         params = self.params[f"{name}_norm"]
-        check_features("QKNorm", params, 1, self.group, **{name: x})
-        y, (rstd,), scale = self.rows.forward(partial(normalize, self.axes, self.gains[name], x), x, params)
-        return y, SavedRMSNorm(x, rstd, scale)
+        checks.check_features("QKNorm", params, 1, self.group, **{name: x})
+        y, (rstd,), exponent = self.rows[name].forward(x, params)
+        return y, rms_norm.Saved(x, rstd, exponent)
 
-    def _backward(self, name: str, dy: Array, saved: SavedRMSNorm) -> tuple[Array, Array]:
+    def _backward(self, name: str, dy: Array, saved: rms_norm.Saved) -> tuple[Array, Array]:
         """Return dx, and the unrounded gradient of this rank's heads."""
-        params = self.params[f"{name}_norm"]
-        check_features("QKNorm", params, 1, self.group, dy=dy, **{name: saved.x})
-        weight = {"weight": self.rows.widened(params["weight"])}
-        formula = partial(normalize_backward, self.axes, self.gains[name], saved.x)
-        dx, grads = self.rows.backward(formula, dy, saved.x, weight, (saved.rstd,), saved.scale)
+        (x, rstd, exponent), params = saved, self.params[f"{name}_norm"]
+        checks.check_features("QKNorm", params, 1, self.group, dy=dy, **{name: x})
+        dx, grads = self.rows[name].backward(dy, x, params, (rstd,), exponent, rounded=False)
         return dx, grads["weight"]
+
+    def _shown(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {"full_width": True} if self.full_width else {}
+        shown |= {"offset": self.offset} if self.offset else {}
+        return super()._shown() | shown | ({"cast": self.cast} if self.cast else {})

@@ -4,51 +4,49 @@ Tim Salimans and Diederik P. Kingma, "Weight Normalization", NeurIPS 2016, arXiv
 
 Forward, for each output, with its row v of directions and its length g:
 
-    w = g v / |v|
+    z = v / |v|
+    w = z g
 
-Backward, given dw, with z = v / |v|:
+Backward, given dw:
 
     dg = sum(dw z)
-    dv = g / |v| (dw - z dg)
+    dv = (dw - z dg) g / |v|
 
-The names are torch's: v is weight_v, which forward takes, and g is weight_g, the parameter. dv is at right angles to v,
-so that steps along it only lengthen v.
+These are the formulas of `npnorm.norms.scale_norm`, with eps = 0 and a weight for each row. The names are torch's: v is
+weight_v, which forward takes, and g is weight_g, the parameter. dv is at right angles to v, so that steps along it only
+lengthen v.
 
 Where the ranks of a group split the outputs, each has whole rows, and nothing is communicated. Where they split the
-inputs, forward is one all-reduce, of sum(v^2), and backward one, of dg.
+inputs, forward is one sum over the ranks, of v^2, and backward one, of dw z, which makes dg complete.
 """
 
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self, Unpack
 
-from npnorm.arrays import Array, array_module, contiguous, round_to, sqrt
-from npnorm.axes import Batch
-from npnorm.blocked import Rows
-from npnorm.checks import check_float, check_module, check_same_shape, check_saved, check_settings
-from npnorm.group import SOLO, Group, errors_on_all_ranks
-from npnorm.norms.scale_norm import normalize, normalize_backward
+from npnorm import checks, engine
+from npnorm.arrays import Array, round_to
+from npnorm.group import errors_on_all_ranks
+from npnorm.norms import scale_norm
+from npnorm.norms.norm import Common, Norm
 
 
 class Saved(NamedTuple):
-    """What backward needs of forward; one number for each output, of the scaled rows."""
+    """What backward needs of forward; all but weight_v are one number for each output."""
 
     weight_v: Array
     longer: Array  # 1: every row is divided by its own length
     rnorm: Array  # 1 / |v|
-    scale: Array | None  # the exponent of two a row was divided by, where its squares leave the range
+    exponent: Array | None  # rows whose squares overflow were divided by 2^exponent; None: there were none
 
 
-class WeightNorm:
+class WeightNorm(Norm):
     """Give each row of a weight its own learned length: w = g v / |v|.
 
     Parameters
     ----------
     weight_g : array of outputs elements, of shape (outputs,) or as torch's (outputs, 1, ...)
-        The lengths.
-    group : Group
-        The ranks over which the inputs of the weight are split. Communicated: one sum forward, one backward.
-    compute : "float64", "float32" or None
-        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
+        The lengths g. On a group, the same on every rank.
+    **settings : group, compute
+        group : the ranks over which the inputs of the weight are split. compute : as for every `FeatureNorm`.
 
     Notes
     -----
@@ -63,58 +61,57 @@ class WeightNorm:
     array([[6., 8.]])
     """
 
-    def __init__(self, weight_g: Array, *, group: Group = SOLO, compute: str | None = None) -> None:
+    formula = engine.Formula(scale_norm.forward, scale_norm.backward, Saved, params=("weight_g",), read=("weight_g",))
+
+    def __init__(self, weight_g: Array, **settings: Unpack[Common]) -> None:
+        group = self._set_common(settings)
         self.params = {"weight_g": weight_g}
-        self.shards: dict[str, int | None] = {"weight_g": None}
         shape = "(outputs,) or (outputs, 1, ...)"
-        check_settings("WeightNorm", self.params, 0, group, shape, replicated=self.params, compute=compute)
-        self.axes = Batch("WeightNorm", group)
-        self.rows = Rows(self.axes, 0, compute)
+        checks.check_settings("WeightNorm", self.params, 0, group, shape, replicated=self.params, compute=self.compute)
+        rows = engine.Rows(engine.Batch("WeightNorm", group), self.formula, 0, self.compute)
+        self._set(shards={"weight_g": None}, rows=rows)
 
     @classmethod
-    def of(cls, weight: Array, *, group: Group = SOLO, compute: str | None = None) -> "WeightNorm":
+    def of(cls, weight: Array, **settings: Unpack[Common]) -> Self:
         """Return the norm with the lengths of the rows of `weight`, so that forward(weight) is weight again."""
+        group = settings.get("group", cls.group)
         with errors_on_all_ranks(group):
-            check_module("WeightNorm", weight, {}, "weight")
-            check_float("WeightNorm", "weight", weight)
+            checks.check_module("WeightNorm", weight, {}, "weight")
+            checks.check_float("WeightNorm", "weight", weight)
             if weight.ndim < 2 or 0 in weight.shape:
                 raise ValueError(
                     f"WeightNorm: weight has shape {tuple(weight.shape)}. It takes (outputs, inputs, ...)."
                 )
-        xp, axes = array_module(weight), Batch("WeightNorm", group)
-        rows = contiguous(axes.rows(weight[None, ...]), xp.float64)
-        largest = axes.largest(rows)
-        largest = xp.where(largest > 0, largest, xp.ones_like(largest))
-        lengths = sqrt(axes.sum((rows / largest) ** 2)) * largest
-        return cls(round_to(lengths[:, 0, 0], weight.dtype), group=group, compute=compute)
+        rows = engine.Rows(engine.Batch("WeightNorm", group), cls.formula, 0)
+        _, (_, rnorm), exponent = rows.forward(weight[None, ...], {})
+        lengths = (1 if exponent is None else 2.0**exponent) / rnorm
+        return cls(round_to(lengths[:, 0, 0], weight.dtype), **settings)
 
     def forward(self, weight_v: Array) -> tuple[Array, Saved]:
         """Return the weight, of the shape and dtype of weight_v: (outputs, inputs, ...), and what backward needs."""
         self._check(weight_v=weight_v)
-        g = {"weight": self.params["weight_g"]}
-        weight, (longer, rnorm), scale = self.rows.forward(partial(normalize, self.axes), weight_v[None, ...], g)
-        return weight[0, ...], Saved(weight_v, longer, rnorm, scale)
+        weight, (longer, rnorm), exponent = self.rows.forward(weight_v[None, ...], self.params)
+        return weight[0, ...], Saved(weight_v, longer, rnorm, exponent)
 
     def backward(self, dweight: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
         """Return dweight_v, of the shape and dtype of weight_v, and the gradient of weight_g, in its dtype."""
-        check_saved("WeightNorm", saved, Saved, self.axes.group)
-        weight_v, longer, rnorm, scale = saved
+        checks.check_saved("WeightNorm", saved, Saved, self.group)
+        weight_v, *statistics, exponent = saved
         self._check(dweight=dweight, weight_v=weight_v)
-        g = {"weight": self.params["weight_g"]}
-        formula = partial(normalize_backward, self.axes)
-        dweight, weight_v = dweight[None, ...], weight_v[None, ...]
-        dv, grads = self.rows.backward(formula, dweight, weight_v, g, (longer, rnorm), scale)
-        return dv[0, ...], {"weight_g": grads["weight"]}
+        dv, grads = self.rows.backward(
+            dweight[None, ...], weight_v[None, ...], self.params, tuple(statistics), exponent
+        )
+        return dv[0, ...], grads
 
     def _check(self, **arrays: Array) -> None:
         outputs = self.params["weight_g"].shape[0]
-        with errors_on_all_ranks(self.axes.group):
+        with errors_on_all_ranks(self.group):
             for name, x in arrays.items():
-                check_module("WeightNorm", x, self.params)
-                check_float("WeightNorm", name, x)
+                checks.check_module("WeightNorm", x, self.params)
+                checks.check_float("WeightNorm", name, x)
                 if x.ndim < 2 or 0 in x.shape or x.shape[0] != outputs:
                     raise ValueError(
                         f"WeightNorm holds {outputs} lengths; {name} has shape {tuple(x.shape)}. "
                         f"It takes (outputs, inputs, ...), with {outputs} outputs."
                     )
-            check_same_shape("WeightNorm", arrays)
+            checks.check_same_shape("WeightNorm", arrays)

@@ -57,13 +57,13 @@ def test_a_transformer_equals_serial_and_trains(name, ranks):
 def test_a_difference_from_serial_is_an_error(name):
     code = f"""
 import sys
-from npnorm.axes import Features
-mean = Features.mean
+from npnorm.engine import Row
+mean = Row.mean
 def faulty(self, *arrays):
     means = mean(self, *arrays)
-    wrong = 1 + 1e-9 * (self.group.size > 1)
+    wrong = 1 + 1e-9 * (self.layout.group.size > 1)
     return means * wrong if len(arrays) == 1 else tuple(m * wrong for m in means)
-Features.mean = faulty
+Row.mean = faulty
 from npnorm.mpi import run
 run(__import__("{name.removesuffix(".py")}").main)
 """

@@ -20,7 +20,7 @@ from npnorm import (
 from npnorm.group import SOLO
 from npnorm.layers import Linear
 from npnorm.mpi import RankError, Ranks
-from npnorm.norms import centre_writer
+from npnorm.norms import centre_outputs, fold, to_rms_norm
 from npnorm.tree import leaves
 from tests.check import close
 from tests.mpi.pmpi import counting
@@ -252,9 +252,9 @@ def test_a_norm_folded_into_a_row_split_is_the_slice_of_serial(comm, kind, names
     dx, _ = norm.backward(linear.backward(dy, saved_linear)[0], saved)
 
     mine = kind(**{name: group.shard(a, 0) for name, a in params.items()}, eps=0.3, group=group)
-    bare, folded = mine.fold_into(Linear(group.shard(matrix, 1), c, group=group))
+    bare, folded = fold(mine, Linear(group.shard(matrix, 1), c, group=group))
     assert bare.params == {}
-    _, serial = norm.fold_into(linear)
+    _, serial = fold(norm, linear)
     assert folded.params.keys() == serial.params.keys()
     for name, axis in folded.shards.items():
         close(folded.params[name], group.shard(serial.params[name], axis))
@@ -270,8 +270,8 @@ def test_a_norm_folded_into_a_column_split_is_the_slice_of_serial(comm):
     group, rng = Ranks(comm), np.random.default_rng(2)
     norm = RMSNorm(rng.normal(size=7), rng.normal(size=7))
     matrix, c = rng.normal(size=(12, 7)), rng.normal(size=12)
-    _, serial = norm.fold_into(Linear(matrix, c))
-    _, mine = norm.fold_into(Linear(group.shard(matrix, 0), group.shard(c, 0)))
+    _, serial = fold(norm, Linear(matrix, c))
+    _, mine = fold(norm, Linear(group.shard(matrix, 0), group.shard(c, 0)))
     for name in ("weight", "bias"):
         close(mine.params[name], group.shard(serial.params[name], 0))
 
@@ -284,7 +284,7 @@ def test_only_a_bias_makes_folding_into_a_row_split_send(comm, names):
     linear = Linear(np.ones((5, 6)), group=group)
     compared = group.calls["check"]
     with counting() as calls:
-        norm.fold_into(linear)
+        fold(norm, linear)
     compared = group.calls["check"] - compared  # the settings of the two new layers
     of_bias = int("bias" in names)
     assert calls == {"Allreduce": (compared + of_bias, 16 * compared + 5 * NUMBER * of_bias)}
@@ -293,10 +293,10 @@ def test_only_a_bias_makes_folding_into_a_row_split_send(comm, names):
 @pytest.mark.mpi(ranks=(2, 3, 4), counted=True)
 def test_the_rms_norm_of_a_layer_norm_sends_half_as_often(comm):
     group, rng = Ranks(comm, check=False), np.random.default_rng(3)
-    writer = centre_writer({"weight": rng.normal(size=(24, 5))})["weight"]
+    writer = centre_outputs({"weight": rng.normal(size=(24, 5))})["weight"]
     x = group.shard(rng.normal(size=(3, 5, 5)) @ writer.T, -1)
     norm = LayerNorm(group.shard(rng.normal(size=24), 0), group=group)
-    other = norm.to_rms_norm()
+    other = to_rms_norm(norm)
     expected, _ = norm.forward(x)
     with counting() as calls:
         y, _ = other.forward(x)

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from npnorm import LayerNorm
-from npnorm.axes import Features
+from npnorm.engine import FORMS, Features, Mean, Row
+from npnorm.engine.statistics import local, merge, subtract
 from npnorm.group import SOLO
 from npnorm.mpi import RankError, Ranks
-from npnorm.norms.statistics import FORMS, affine, alone, centred, merge
 from tests.mpi.pmpi import counting
 
 ROWS, FEATURES = (3, 5), 24
@@ -78,19 +78,19 @@ def test_every_form_holds_over_the_whole_range(comm, statistics, size):
 @pytest.mark.parametrize("mean", [0.0, 1e6])
 def test_gathered_is_the_very_bits_of_the_parts_merged_in_one_process(comm, mean):
     x, _, weight, bias = arrays(mean)
-    group, axes = Ranks(comm), Features("a norm", SOLO)
+    group, row = Ranks(comm), Row(Features("a norm", SOLO), 1e-5)
     parts = []
     for shard in np.split(x.reshape(-1, FEATURES), comm.size, axis=-1):
-        part = alone(axes, shard)
-        parts.append(np.stack([np.full_like(part.mean, part.n), part.mean, part.rest, part.var * part.n]))
+        part = local(row, shard)
+        parts.append(np.stack([np.full_like(part.mean.high, part.n), *part.mean, part.var * part.n]))
     n, merged_mean, rest, squares = merge(np.stack(parts))
-    z = centred(x.reshape(-1, FEATURES), merged_mean, rest) * (1 / np.sqrt(squares / n + 1e-5))
-    y = affine(z, weight, bias).reshape(x.shape)
+    z = subtract(x.reshape(-1, FEATURES), Mean(merged_mean, rest)) * (1 / np.sqrt(squares / n + 1e-5))
+    y = (z * weight + bias).reshape(x.shape)
     norm = LayerNorm(group.shard(weight, -1), group.shard(bias, -1), statistics="gathered", group=group)
     mine, saved = norm.forward(group.shard(x, -1))
     np.testing.assert_array_equal(mine, group.shard(y, -1))
-    np.testing.assert_array_equal(saved.mean, merged_mean)
-    np.testing.assert_array_equal(saved.rest, rest)
+    np.testing.assert_array_equal(saved.mean.high, merged_mean)
+    np.testing.assert_array_equal(saved.mean.low, rest)
 
 
 @pytest.mark.mpi(ranks=(2, 3, 4))

@@ -7,9 +7,9 @@ from npnorm import Config, LayerNorm, RMSNorm, Transformer
 from npnorm.blocks import Chain, PreNorm
 from npnorm.config import init
 from npnorm.layers import Linear
-from npnorm.norms import centre_writer
+from npnorm.norms import centre_outputs, fold, to_rms_norm
 from npnorm.tree import leaves, map_tree
-from tests.check import BFLOAT16, close, rounded, same_bits
+from tests.check import BFLOAT16, close, draw, rounded, same_bits
 
 NORMS = {
     "LayerNorm": lambda w, b: LayerNorm(w, b, eps=0.3),
@@ -22,9 +22,9 @@ NORMS = {
 }
 
 
-def draw(rng, dtype="float64"):
+def arrays(rng, dtype="float64"):
     """Return weight and bias of a norm of 7 features, and matrix and bias of a linear layer that reads it."""
-    return (rng.standard_normal(shape).astype(dtype) for shape in (7, 7, (5, 7), 5))
+    return draw(rng, dtype, weight=7, bias=7, matrix=(5, 7), c=5).values()
 
 
 def in_a_row(norm, linear):
@@ -35,10 +35,10 @@ def in_a_row(norm, linear):
 @pytest.mark.parametrize("biased", [False, True], ids=["linear without bias", "linear with bias"])
 def test_folded_in_the_function_is_the_same(name, biased):
     rng = np.random.default_rng(1)
-    w, b, matrix, c = draw(rng)
+    w, b, matrix, c = arrays(rng)
     norm, linear = NORMS[name](w, b), Linear(matrix, c if biased else None)
     before = map_tree(np.copy, {"norm": norm.params, "linear": linear.params})
-    bare, folded = norm.fold_into(linear)
+    bare, folded = fold(norm, linear)
     assert type(bare) is type(norm)
     assert bare.params == {}
     assert ("bias" in folded.params) == (biased or "bias" in norm.params)
@@ -55,16 +55,16 @@ def test_folded_in_the_function_is_the_same(name, biased):
 def test_a_matrix_folded_by_hand():
     # W diag(w) and W b + c
     norm = LayerNorm(np.array([2.0, 0.5]), np.array([1.0, -1.0]))
-    _, linear = norm.fold_into(Linear(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([0.0, 1.0])))
+    _, linear = fold(norm, Linear(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([0.0, 1.0])))
     same_bits(linear.params, {"weight": np.array([[2.0, 1.0], [6.0, 2.0]]), "bias": np.array([-1.0, 0.0])})
 
 
 def test_the_gradient_of_the_weight_comes_from_that_of_the_folded_matrix():
     rng = np.random.default_rng(2)
-    w, b, matrix, c = draw(rng)
+    w, b, matrix, c = arrays(rng)
     norm, linear = LayerNorm(w, b, eps=0.3), Linear(matrix, c)
     x, dy = rng.standard_normal((4, 7)), rng.standard_normal((4, 5))
-    two, one = in_a_row(norm, linear), in_a_row(*norm.fold_into(linear))
+    two, one = in_a_row(norm, linear), in_a_row(*fold(norm, linear))
     _, grads = two.backward(dy, two.forward(x)[1])
     _, folded = one.backward(dy, one.forward(x)[1])
     dm, dc = folded["linear"]["weight"], folded["linear"]["bias"]
@@ -76,16 +76,16 @@ def test_the_gradient_of_the_weight_comes_from_that_of_the_folded_matrix():
 
 def test_settings_stay_with_the_norm():
     linear = Linear(np.ones((2, 3)))
-    layer, _ = LayerNorm(np.ones(3), eps=0.7, statistics="gathered", compute="float32").fold_into(linear)
-    assert (layer.rows.eps, layer.statistics, layer.rows.compute) == (0.7, "gathered", "float32")
-    layer, _ = RMSNorm(np.ones(3), eps=0.7, compute="float32").fold_into(linear)
-    assert (layer.rows.eps, layer.rows.compute) == (0.7, "float32")
+    layer, _ = fold(LayerNorm(np.ones(3), eps=0.7, statistics="gathered", compute="float32"), linear)
+    assert (layer.eps, layer.statistics, layer.compute) == (0.7, "gathered", "float32")
+    layer, _ = fold(RMSNorm(np.ones(3), eps=0.7, compute="float32"), linear)
+    assert (layer.eps, layer.compute) == (0.7, "float32")
 
 
 @pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float16"), BFLOAT16], ids=str)
 def test_the_folded_matrix_is_rounded_once(dtype):
-    w, b, matrix, c = draw(np.random.default_rng(3), dtype)
-    _, linear = RMSNorm(w, b).fold_into(Linear(matrix, c))
+    w, b, matrix, c = arrays(np.random.default_rng(3), dtype)
+    _, linear = fold(RMSNorm(w, b), Linear(matrix, c))
     wide_w, wide_b, wide_matrix, wide_c = (a.astype("float64") for a in (w, b, matrix, c))
     same_bits(linear.params["weight"], rounded(wide_matrix * wide_w, dtype))
     same_bits(linear.params["bias"], rounded(wide_matrix @ wide_b + wide_c, dtype))
@@ -93,36 +93,36 @@ def test_the_folded_matrix_is_rounded_once(dtype):
 
 def test_the_offset_is_added_in_float32_before_folding():
     w = np.full(2, 0.00390625, BFLOAT16)  # 1 + w is 1 in bfloat16
-    _, linear = RMSNorm(w, offset=1).fold_into(Linear(np.ones((1, 2), "float32")))
+    _, linear = fold(RMSNorm(w, offset=1), Linear(np.ones((1, 2), "float32")))
     same_bits(linear.params["weight"], np.full((1, 2), 1.00390625, "float32"))
-    _, linear = RMSNorm(np.full(2, 1e-9, "float32"), offset=1).fold_into(Linear(np.ones((1, 2))))
+    _, linear = fold(RMSNorm(np.full(2, 1e-9, "float32"), offset=1), Linear(np.ones((1, 2))))
     same_bits(linear.params["weight"], np.ones((1, 2)))
 
 
 @pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
 @pytest.mark.parametrize("shape", [(5, 6), (7, 5)])
 def test_a_matrix_that_does_not_read_the_norm_is_refused(kind, shape):
-    message = f"fold_into: weight of the norm has shape (7,), the matrix {shape}. The linear layer must read"
+    message = f"fold: weight of the norm has shape (7,), the matrix {shape}. The linear layer must read"
     with pytest.raises(ValueError, match=re.escape(message)):
-        kind(np.ones(7)).fold_into(Linear(np.ones(shape)))
+        fold(kind(np.ones(7)), Linear(np.ones(shape)))
 
 
 def test_a_bias_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"fold_into: bias of the norm has shape \(7,\), the matrix \(7, 6\)"):
-        RMSNorm(None, np.ones(7)).fold_into(Linear(np.ones((7, 6))))
+    with pytest.raises(ValueError, match=r"fold: bias of the norm has shape \(7,\), the matrix \(7, 6\)"):
+        fold(RMSNorm(None, np.ones(7)), Linear(np.ones((7, 6))))
 
 
 def test_a_norm_over_two_axes_is_refused():
     for norm in (LayerNorm(np.ones((2, 7))), LayerNorm(axes=2), RMSNorm(axes=2)):
-        with pytest.raises(ValueError, match=r"fold_into: the norm is over 2 axes, and a linear layer reads one"):
-            norm.fold_into(Linear(np.ones((5, 7))))
+        with pytest.raises(ValueError, match=r"fold: the norm is over 2 axes, and a linear layer reads one"):
+            fold(norm, Linear(np.ones((5, 7))))
 
 
 def test_a_centred_writer_writes_rows_of_mean_0():
     rng = np.random.default_rng(4)
     params = {"weight": rng.standard_normal((7, 5)) + 3, "bias": rng.standard_normal(7) - 2}
     before = map_tree(np.copy, params)
-    centred = centre_writer(params)
+    centred = centre_outputs(params)
     x = rng.standard_normal((4, 3, 5))
     y, expected = (Linear(**p).forward(x)[0] for p in (centred, params))
     assert np.all(np.abs(np.mean(y, axis=-1)) < 1e-15 * np.max(np.abs(expected)))
@@ -132,23 +132,23 @@ def test_a_centred_writer_writes_rows_of_mean_0():
 
 def test_a_centred_embedding_has_rows_of_mean_0():
     table = np.random.default_rng(5).standard_normal((11, 7)) + 3
-    centred = centre_writer({"weight": table}, axis=1)["weight"]
+    centred = centre_outputs({"weight": table}, axis=1)["weight"]
     assert np.all(np.abs(np.mean(centred, axis=1)) < 1e-15)
     close(centred, table - np.mean(table, axis=1, keepdims=True), 1e-15)
 
 
 def test_centred_twice_is_centred_once():
     params = {"weight": np.array([[1.0, 5.0], [3.0, 1.0]]), "bias": np.array([4.0, 0.0])}
-    once = centre_writer(params)
+    once = centre_outputs(params)
     same_bits(once, {"weight": np.array([[-1.0, 2.0], [1.0, -2.0]]), "bias": np.array([2.0, -2.0])})
-    same_bits(centre_writer(once), once)
+    same_bits(centre_outputs(once), once)
 
 
 @pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float16"), BFLOAT16], ids=str)
 def test_centred_parameters_keep_their_dtype(dtype):
     weight = np.random.default_rng(6).standard_normal((7, 5)).astype(dtype)
     wide = weight.astype("float64")
-    same_bits(centre_writer({"weight": weight})["weight"], rounded(wide - np.mean(wide, axis=0), dtype))
+    same_bits(centre_outputs({"weight": weight})["weight"], rounded(wide - np.mean(wide, axis=0), dtype))
 
 
 @pytest.mark.parametrize("names", [(), ("weight",), ("bias",), ("weight", "bias")], ids="+".join)
@@ -157,10 +157,10 @@ def test_on_centred_rows_a_layer_norm_is_its_rms_norm(names):
     x = rng.standard_normal((4, 3, 7))
     x -= np.mean(x, axis=-1, keepdims=True)
     norm = LayerNorm(**{name: rng.standard_normal(7) for name in names}, eps=0.3)
-    other = norm.to_rms_norm()
+    other = to_rms_norm(norm)
     assert type(other) is RMSNorm
     assert other.params == norm.params
-    assert other.rows.eps == 0.3
+    assert other.eps == 0.3
     y, saved = norm.forward(x)
     y_other, saved_other = other.forward(x)
     close(y_other, y)
@@ -173,8 +173,8 @@ def test_on_centred_rows_a_layer_norm_is_its_rms_norm(names):
 
 
 def test_to_rms_norm_keeps_axes_and_precision():
-    other = LayerNorm(axes=2, compute="float32").to_rms_norm()
-    assert (other.axes.count, other.rows.compute) == (2, "float32")
+    other = to_rms_norm(LayerNorm(axes=2, compute="float32"))
+    assert (other.axes, other.compute, other.rows.compute) == (2, "float32", "float32")
 
 
 SIZES = {"width": 24, "depth": 2, "heads": 4, "hidden": 20, "context": 9}
@@ -198,17 +198,17 @@ def centred(params):
             "attention": {
                 "norm": block["attention"]["norm"],
                 "sublayer": block["attention"]["sublayer"]
-                | {"o_proj": centre_writer(block["attention"]["sublayer"]["o_proj"])},
+                | {"o_proj": centre_outputs(block["attention"]["sublayer"]["o_proj"])},
             },
             "mlp": {
                 "norm": block["mlp"]["norm"],
                 "sublayer": block["mlp"]["sublayer"]
-                | {"down_proj": centre_writer(block["mlp"]["sublayer"]["down_proj"])},
+                | {"down_proj": centre_outputs(block["mlp"]["sublayer"]["down_proj"])},
             },
         }
         for i, block in params["blocks"].items()
     }
-    writers = {name: centre_writer(params[name], axis=1) for name in ("embedding", "positions")}
+    writers = {name: centre_outputs(params[name], axis=1) for name in ("embedding", "positions")}
     return params | writers | {"blocks": blocks}
 
 
@@ -219,8 +219,8 @@ def with_rms_norms(transformer):
         if isinstance(part, Chain):
             return Chain({name: replaced(layer) for name, layer in part.layers.items()})
         if isinstance(part, PreNorm):
-            return PreNorm(part.norm.to_rms_norm(), part.sublayer)
-        return part.to_rms_norm() if isinstance(part, LayerNorm) else part
+            return PreNorm(to_rms_norm(part.norm), part.sublayer)
+        return to_rms_norm(part) if isinstance(part, LayerNorm) else part
 
     return replaced(transformer.stack)
 
@@ -289,10 +289,10 @@ def test_one_forgotten_writer_is_another_function(forgotten):
 def test_the_offset_is_added_before_the_weight_is_rounded(dtype):
     norm = RMSNorm(np.full(2, 2.0**-12, dtype), eps=0, offset=1)
     x = np.array([[3.0, 4.0]])
-    bare, linear = norm.fold_into(Linear(np.eye(2)))
+    bare, linear = fold(norm, Linear(np.eye(2)))
     close(linear.forward(bare.forward(x)[0])[0], norm.forward(x)[0], 1e-15)
 
 
-def test_centre_writer_takes_floats_only():
-    with pytest.raises(TypeError, match=r"centre_writer works on float16.*; weight is int64\. Convert it first"):
-        centre_writer({"weight": np.array([[1, 2], [2, 2]])})
+def test_only_floats_are_centred():
+    with pytest.raises(TypeError, match=r"centre_outputs works on float16.*; weight is int64\. Convert it first"):
+        centre_outputs({"weight": np.array([[1, 2], [2, 2]])})

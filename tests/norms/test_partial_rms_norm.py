@@ -1,26 +1,13 @@
-import re
-
 import numpy as np
 import pytest
 import torch
 
 from npnorm import PartialRMSNorm, RMSNorm
 from npnorm.tree import map_tree
-from tests.check import BFLOAT16, check_backward, check_finite_differences, close, rounded, same_bits
+from tests.check import BFLOAT16, check_backward, check_finite_differences, close, draw, rounded, run, same_bits
 
 NARROW = pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float16"), BFLOAT16], ids=str)
 SEEDS = pytest.mark.parametrize("seed", [None, 0, 1], ids=["first features", "drawn", "drawn otherwise"])
-
-
-def draw(rng, names, n, dtype="float64"):
-    return {name: rng.standard_normal(n).astype(dtype) for name in names}
-
-
-def run(layer, x, dy):
-    """Return everything that comes out, as a tree."""
-    y, saved = layer.forward(x)
-    dx, grads = layer.backward(dy, saved)
-    return {"y": y, "dx": dx, **grads}
 
 
 class Drawn:
@@ -78,19 +65,19 @@ def test_a_part_of_a_narrow_dtype_is_taken_as_it_is_written():
 def test_backward_is_the_derivative(seed, names, eps):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 3, 7))
-    check_backward(lambda params: Drawn(params, 0.4, eps, seed), draw(rng, names, 7), x, rng)
+    check_backward(lambda params: Drawn(params, 0.4, eps, seed), draw(rng, **dict.fromkeys(names, 7)), x, rng)
 
 
 def test_backward_of_a_drawn_subset_agrees_with_finite_differences():
     rng = np.random.default_rng(2)
     x = rng.standard_normal((2, 2, 5))
-    check_finite_differences(lambda params: Drawn(params, 0.5, 0.3, 3), draw(rng, ("weight", "bias"), 5), x, rng)
+    check_finite_differences(lambda params: Drawn(params, 0.5, 0.3, 3), draw(rng, weight=5, bias=5), x, rng)
 
 
 @SEEDS
 def test_autograd_of_torch_gives_the_same(seed):
     rng = np.random.default_rng(3)
-    x, dy, params = rng.standard_normal((3, 2, 9)), rng.standard_normal((3, 2, 9)), draw(rng, ("weight", "bias"), 9)
+    x, dy, params = rng.standard_normal((3, 2, 9)), rng.standard_normal((3, 2, 9)), draw(rng, weight=9, bias=9)
     layer = Drawn(params, 0.3, 0.1, seed)
     y, saved = layer.forward(x)
     dx, grads = layer.backward(dy, saved)
@@ -109,7 +96,7 @@ def test_autograd_of_torch_gives_the_same(seed):
 def test_the_whole_is_rms_norm_to_the_bit(dtype, p, n):
     rng = np.random.default_rng(4)
     x, dy = (rng.standard_normal((3, 5, n)).astype(dtype) for _ in range(2))
-    params = draw(rng, ("weight", "bias"), n, dtype)
+    params = draw(rng, dtype, weight=n, bias=n)
     same_bits(run(PartialRMSNorm(**params, p=p), x, dy), run(RMSNorm(**params), x, dy))
 
 
@@ -172,7 +159,7 @@ def test_a_row_does_not_see_the_length_of_another(seed):
 def test_narrow_floats_are_rounded_once(dtype, seed):
     rng = np.random.default_rng(12)
     x, dy = (rng.standard_normal((6, 11)).astype(dtype) for _ in range(2))
-    params = draw(rng, ("weight", "bias"), 11, dtype)
+    params = draw(rng, dtype, weight=11, bias=11)
     wide = map_tree(lambda a: a.astype("float64"), {"x": x, "dy": dy, "params": params})
     expected = run(Drawn(wide["params"], 0.4, 1e-6, seed), wide["x"], wide["dy"])
     same_bits(run(Drawn(params, 0.4, 1e-6, seed), x, dy), map_tree(lambda a: rounded(a, dtype), expected))
@@ -213,41 +200,7 @@ def test_a_feature_outside_the_subset_that_is_not_finite_stays_alone(bad):
     np.testing.assert_array_equal(y, [[1, -1, bad, 2]])
 
 
-@pytest.mark.parametrize("p", [0, -0.1, 1.0000001, 2, np.nan, np.inf, "0.5", None, True])
-def test_a_part_that_is_none_is_refused(p):
-    with pytest.raises(ValueError, match=re.escape(f"PartialRMSNorm: p is {p!r}. It must be above 0 and at most 1")):
-        PartialRMSNorm(p=p)
-
-
 @pytest.mark.parametrize("rng", [0, np.random, np.random.RandomState(0)], ids=["a seed", "a module", "RandomState"])
 def test_what_is_not_a_generator_is_refused(rng):
-    message = f"PartialRMSNorm: rng is a {type(rng).__name__}. Pass a generator: numpy.random.default_rng(seed)."
-    with pytest.raises(TypeError, match=re.escape(message)):
+    with pytest.raises(TypeError, match=rf"PartialRMSNorm: rng is a {type(rng).__name__}\. Pass a generator"):
         PartialRMSNorm(p=0.5).forward(np.ones((2, 4)), rng)
-
-
-def test_parameters_of_two_axes_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(features,\), one axis, the same for all; got weight \(2, 4\)"):
-        PartialRMSNorm(np.ones((2, 4)))
-
-
-def test_what_another_layer_saved_is_refused():
-    _, saved = RMSNorm().forward(np.ones((2, 4)))
-    with pytest.raises(
-        TypeError, match=r"takes what PartialRMSNorm\.forward saved; got npnorm\.norms\.rms_norm\.Saved"
-    ):
-        PartialRMSNorm(p=1).backward(np.ones((2, 4)), saved)
-
-
-def test_an_empty_batch_has_empty_results_and_no_gradient():
-    layer = PartialRMSNorm(np.ones(6), p=0.5)
-    came = run(layer, np.ones((0, 6)), np.ones((0, 6)))
-    assert came["y"].shape == came["dx"].shape == (0, 6)
-    np.testing.assert_array_equal(came["weight"], np.zeros(6))
-
-
-def test_init_makes_ones_and_no_bias():
-    layer = PartialRMSNorm.init(4, "float16", p=0.25)
-    same_bits(layer.params, {"weight": np.ones(4, "float16")})
-    assert PartialRMSNorm.init(4).params["weight"].dtype == np.float32
-    assert (PartialRMSNorm.init(32).k(32), layer.k(4)) == (2, 1)  # 6.25 %, unless something else is said

@@ -1,11 +1,9 @@
-import re
-
 import numpy as np
 import pytest
 import torch
 
 from npnorm import L2Norm, RMSNorm, ScaleNorm
-from tests.check import BFLOAT16, close, rounded, same_bits
+from tests.check import BFLOAT16, close, rounded, run, same_bits
 
 NARROW = pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float16"), BFLOAT16], ids=str)
 RANGE = {"float32": (1e-45, 1e38), "float16": (1e-7, 2e4), "bfloat16": (1e-40, 1e38)}
@@ -21,15 +19,9 @@ def formula(x, g, eps, dy):
     return g * z, g / np.maximum(norm, eps) * (dy - (norm > eps) * z * t), np.sum(t)
 
 
-def run(layer, x, dy):
-    y, saved = layer.forward(x)
-    dx, grads = layer.backward(dy, saved)
-    return y, dx, *grads.values()
-
-
 def test_a_long_row_worked_by_hand():
     # z = x / 8, sum(dy z) = 1 + 6, dx = 16/8 (dy - 7 z)
-    y, dx, dg = run(ScaleNorm(np.array(16.0), eps=1), ROW, DY)
+    y, dx, dg = run(ScaleNorm(np.array(16.0), eps=1), ROW, DY).values()
     np.testing.assert_array_equal(y, [[2, 2, 2, 10, 12]])
     np.testing.assert_array_equal(dx, [[57 / 4, -7 / 4, -7 / 4, -35 / 4, 11 / 2]])
     np.testing.assert_array_equal(dg, 7)
@@ -37,39 +29,25 @@ def test_a_long_row_worked_by_hand():
 
 def test_a_short_row_worked_by_hand():
     # z = x / 16, sum(dy z) = 1/2 + 3, dx = 16/16 dy
-    y, dx, dg = run(ScaleNorm(np.array(16.0), eps=16), ROW, DY)
+    y, dx, dg = run(ScaleNorm(np.array(16.0), eps=16), ROW, DY).values()
     np.testing.assert_array_equal(y, ROW)
     np.testing.assert_array_equal(dx, DY)
     np.testing.assert_array_equal(dg, 7 / 2)
 
 
-@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
-@pytest.mark.parametrize("eps", [1e-5, 2.0])
-def test_torch_gives_the_same(shape, eps):
-    rng = np.random.default_rng(1)
-    x, dy, g = rng.standard_normal(shape), rng.standard_normal(shape), np.array(1.7)
-    at = [torch.tensor(a, requires_grad=True) for a in (x, g)]
-    expected = at[1] * torch.nn.functional.normalize(at[0], dim=-1, eps=eps)
-    expected.backward(torch.tensor(dy))
-    y, dx, dg = run(ScaleNorm(g, eps=eps), x, dy)
-    close(y, expected.detach())
-    close(dx, at[0].grad)
-    close(dg, at[1].grad)
-
-
 def test_over_two_axes_a_row_is_the_flattened_array():
     rng = np.random.default_rng(2)
     x, dy, g = rng.standard_normal((4, 3, 5)), rng.standard_normal((4, 3, 5)), np.array([1.7])
-    y, dx, dg = run(ScaleNorm(g, axes=2), x, dy)
-    flat_y, flat_dx, flat_dg = run(ScaleNorm(g), x.reshape(4, 15), dy.reshape(4, 15))
+    y, dx, dg = run(ScaleNorm(g, axes=2), x, dy).values()
+    flat_y, flat_dx, flat_dg = run(ScaleNorm(g), x.reshape(4, 15), dy.reshape(4, 15)).values()
     same_bits({"y": y.reshape(4, 15), "dx": dx.reshape(4, 15), "dg": dg}, {"y": flat_y, "dx": flat_dx, "dg": flat_dg})
 
 
 def test_it_is_an_rms_norm_with_one_weight():
     rng = np.random.default_rng(3)
     x, dy = rng.standard_normal((4, 9)), rng.standard_normal((4, 9))
-    y, dx, dg = run(ScaleNorm(np.array(6.0), eps=0), x, dy)
-    expected, expected_dx, dw = run(RMSNorm(np.full(9, 2.0), eps=0), x, dy)
+    y, dx, dg = run(ScaleNorm(np.array(6.0), eps=0), x, dy).values()
+    expected, expected_dx, dw = run(RMSNorm(np.full(9, 2.0), eps=0), x, dy).values()
     close(y, expected, 1e-14)
     close(dx, expected_dx, 1e-14)
     close(dg, np.sum(dw) / 3, 1e-14)
@@ -78,8 +56,7 @@ def test_it_is_an_rms_norm_with_one_weight():
 def test_without_a_weight_it_is_l2_norm():
     rng = np.random.default_rng(4)
     x, dy = rng.standard_normal((4, 9)), rng.standard_normal((4, 9))
-    for came, right in zip(run(ScaleNorm(eps=0.1), x, dy), run(L2Norm(eps=0.1), x, dy), strict=True):
-        same_bits(came, right)
+    same_bits(run(ScaleNorm(eps=0.1), x, dy), run(L2Norm(eps=0.1), x, dy))
 
 
 def test_every_row_gets_the_length():
@@ -100,7 +77,7 @@ def test_narrow_floats_are_rounded_once_over_their_whole_range(dtype, size, eps)
     dy = (rng.standard_normal((5, 12)) * min(size, 1.0)).astype(dtype)  # so that dx is in range
     g = np.array([1.7], dtype)
     assert np.all(x != 0)
-    came = run(ScaleNorm(g, eps=eps), x, dy)
+    came = run(ScaleNorm(g, eps=eps), x, dy).values()
     expected = formula(x.astype("float64"), g.astype("float64"), eps, dy.astype("float64"))
     for a, b in zip(came, expected, strict=True):
         if dtype == BFLOAT16:  # `rounded` leaves subnormal numbers alone
@@ -114,7 +91,7 @@ def test_narrow_floats_are_rounded_once_over_their_whole_range(dtype, size, eps)
 def test_the_whole_range_of_float64(power, g):
     rng = np.random.default_rng(7)
     x, dy = rng.uniform(-3, 3, (5, 12)), rng.standard_normal((5, 12))
-    y, dx, dg = run(ScaleNorm(np.array(g), eps=0), np.ldexp(x, power), dy)
+    y, dx, dg = run(ScaleNorm(np.array(g), eps=0), np.ldexp(x, power), dy).values()
     expected = formula(x, g, 0, dy)
     close(y, expected[0], 1e-15)
     close(np.ldexp(dx, power), expected[1], 1e-15)
@@ -123,14 +100,14 @@ def test_the_whole_range_of_float64(power, g):
 
 def test_rows_of_float64_far_shorter_than_eps():
     x, dy = np.full((1, 4), 1e-300), np.array([[1.0, -2.0, 3.0, 0.0]])
-    y, dx, dg = run(ScaleNorm(np.array(2.0)), x, dy)
+    y, dx, dg = run(ScaleNorm(np.array(2.0)), x, dy).values()
     close(y, np.full((1, 4), 2e-295), 1e-15)
     close(dx, 2e5 * dy, 1e-15)
     close(dg, 2e-295, 1e-15)
 
 
 def test_a_row_of_zeros_stays_zero():
-    y, dx, dg = run(ScaleNorm(np.array(3.0), eps=0.5), np.zeros((2, 4)), np.ones((2, 4)))
+    y, dx, dg = run(ScaleNorm(np.array(3.0), eps=0.5), np.zeros((2, 4)), np.ones((2, 4))).values()
     np.testing.assert_array_equal(y, np.zeros((2, 4)))
     np.testing.assert_array_equal(dx, np.full((2, 4), 6.0))
     assert dg == 0
@@ -147,36 +124,6 @@ def test_init_makes_the_root_of_the_width():
     x = np.random.default_rng(8).standard_normal((4, 16))
     close(layer.forward(x)[0], RMSNorm(eps=0).forward(x)[0], 1e-15)
     assert layer.shards == {"weight": None}
-
-
-@pytest.mark.parametrize("weight", [np.ones(2), np.ones((1, 1)), np.ones(0)], ids=lambda w: str(w.shape))
-def test_a_weight_of_more_than_one_number_is_refused(weight):
-    message = f"ScaleNorm: each parameter must have shape () or (1,), the same for all; got weight {weight.shape}."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        ScaleNorm(weight)
-
-
-def test_a_python_number_is_refused():
-    with pytest.raises(TypeError, match=r"ScaleNorm: weight must be an array of shape \(\) or \(1,\); got a float\."):
-        ScaleNorm(2.0)
-
-
-@pytest.mark.parametrize("eps", [-1e-9, np.nan, "1", None])
-def test_a_bad_eps_is_refused(eps):
-    with pytest.raises(ValueError, match=re.escape(f"ScaleNorm: eps is {eps!r}. It must be a finite number")):
-        ScaleNorm(np.array(1.0), eps=eps)
-
-
-def test_rows_without_features_are_refused():
-    with pytest.raises(ValueError, match=r"ScaleNorm needs at least one feature; x has shape \(3, 0\)"):
-        ScaleNorm(np.array(1.0)).forward(np.ones((3, 0)))
-
-
-def test_a_gradient_of_another_shape_is_refused():
-    layer = ScaleNorm(np.array(1.0))
-    _, saved = layer.forward(np.ones((3, 4)))
-    with pytest.raises(ValueError, match=r"ScaleNorm: dy has shape \(2, 4\), and the x that was saved \(3, 4\)"):
-        layer.backward(np.ones((2, 4)), saved)
 
 
 @pytest.mark.parametrize("kind", [ScaleNorm, L2Norm])

@@ -73,9 +73,9 @@ def layer_norm(attributes, x, weight, bias=None):
     """Return y, mean and 1 / standard deviation; the last two are in what LayerNorm saves."""
     axis = attributes.get("axis", -1) % x.ndim
     y, saved = LayerNorm(weight, bias, attributes.get("epsilon", 1e-5), axes=x.ndim - axis).forward(x)
-    assert saved.scale is None  # no row was divided by a power of two
+    assert saved.exponent is None  # no row was divided by a power of two
     each = (*x.shape[:axis], *[1] * (x.ndim - axis))
-    return y, np.reshape(saved.mean + saved.rest, each), np.reshape(saved.rstd, each)
+    return y, np.reshape(saved.mean.high + saved.mean.low, each), np.reshape(saved.rstd, each)
 
 
 def rms_norm(attributes, x, weight):

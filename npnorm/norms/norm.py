@@ -1,0 +1,309 @@
+"""What norms have in common: parameters, checks, what is saved, and the two public methods. No mathematics.
+
+A page brings the formula: `forward(row, x, w, b) -> y, statistics` and `backward(row, dy, x, w, *statistics) -> dx, dw,
+db`, where dw and db are still to be summed over the rows; and `Saved`, whose fields are x, the statistics, exponent.
+"""
+
+from typing import Any, Literal, Self, TypedDict, Unpack
+
+import numpy as np
+
+from npnorm import checks
+from npnorm.arrays import Array, describe
+from npnorm.engine import FORMS, Features, Formula, Rows
+from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
+from npnorm.tree import leaves, show_shapes
+
+Compute = Literal["float64", "float32"] | None
+"""The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md."""
+
+
+Statistics = Literal["two-pass", "packed", "gathered"]
+"""How the ranks of a group find mean and variance: see `npnorm.engine.statistics`."""
+
+
+class Common(TypedDict, total=False):
+    """The settings that every norm has."""
+
+    group: Group
+    compute: Compute
+
+
+class Settings(Common, total=False):
+    """The settings that every norm over features has."""
+
+    axes: int | None
+    features: int | tuple[int, ...] | None
+
+
+class Norm:
+    """A layer with parameters and settings. The arrays in `params` may be replaced; settings are fixed.
+
+    Attributes
+    ----------
+    params : dict
+        Name to array. A call uses what it holds at that time, forward and backward.
+    shards : dict
+        For each parameter the axis along which a group splits it; None where it is replicated.
+    """
+
+    params: dict[str, Any]
+    shards: dict[str, Any]
+    rows: Any  # `Rows`, or several
+    eps: float
+    group: Group = SOLO
+    compute: Compute = None
+
+    def __init_subclass__(cls) -> None:
+        for value in vars(cls).values():
+            saved = value.saved if isinstance(value, Formula) else value
+            if isinstance(saved, type) and issubclass(saved, tuple):
+                show_shapes(saved)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "params":
+            layer = type(self).__name__
+            raise AttributeError(
+                f"{layer}: {name} is fixed when the norm is made. "
+                f"Make another {layer}; only the arrays in params change."
+            )
+        object.__setattr__(self, name, value)
+
+    def _set(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+    def _set_common(self, settings: Common | Settings, kind: type = Common) -> Group:
+        """Set `group` and `compute`, if they are given; return the group. Raise if `kind` does not have a setting."""
+        for name in settings:
+            if name not in kind.__annotations__:
+                raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
+        self._set(**{name: value for name, value in settings.items() if name in Common.__annotations__})
+        return self.group
+
+    def _axis(self, axis: int) -> int | None:
+        """Return the axis along which the group splits a parameter: on one rank none."""
+        return None if isinstance(self.group, Solo) else axis
+
+    def _shown(self) -> dict[str, Any]:
+        """Return the settings that repr shows."""
+        shown: dict[str, Any] = {"eps": self.eps} if "eps" in self.__dict__ else {}
+        if not isinstance(self.group, Solo):
+            shown["group"] = self.group
+        return shown | ({} if self.compute is None else {"compute": self.compute})
+
+    def __repr__(self) -> str:
+        arrays = [f"{name}={describe(a)}" for name, a in leaves(self.params)]
+        settings = [f"{name}={value!r}" for name, value in self._shown().items()]
+        return f"{type(self).__name__}({', '.join(arrays + settings)})"
+
+
+class RowNorm(Norm):
+    """A norm of the rows of one array: the two public methods.
+
+    A class sets `params`, `shards`, `rows` and its settings, and has the formula and `_check`.
+    """
+
+    formula: Formula
+    axes: int
+    features: tuple[int, ...] | None
+
+    def forward(self, x: Array, *, out: Array | None = None) -> tuple[Array, Any]:
+        """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`."""
+        y, statistics, exponent = self.rows.forward(x, self.params, out=out, check=self._check)
+        return y, self.formula.saved(x, *statistics, exponent)
+
+    def backward(self, dy: Array, saved: Any, *, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+        """Return dx, of the shape and dtype of x, and the gradients of the parameters; dx is written to `out`."""
+        self._check_saved(saved)
+        x, *statistics, exponent = saved
+        return self.rows.backward(dy, x, self.params, tuple(statistics), exponent, out=out, check=self._check)
+
+    def _check_saved(self, saved: Any) -> None:
+        """Raise, on every rank of the group, unless it is what forward saves."""
+        checks.check_saved(type(self).__name__, saved, self.formula.saved, self.group)
+
+    def _check(self, **arrays: Array) -> None:
+        """Raise, on every rank of the group, unless the arrays suit the norm."""
+        raise NotImplementedError
+
+
+class FeatureNorm(RowNorm):
+    """A norm over the trailing axes of (..., features), with a weight and a bias.
+
+    Parameters
+    ----------
+    weight, bias : arrays of the shape of the features, or None
+        What z is multiplied by, and what is added; None leaves it out. On a group, this rank's shard of the last axis.
+    eps : float
+        Added to the mean square, so in units of x squared.
+    axes : int or None
+        How many trailing axes are the features. None: as many as the parameters, or `features`, have; else 1.
+    features : int, tuple of int or None
+        The shape of the features of a norm without parameters, which x is then checked against.
+    offset : float
+        Added to the weight, in float32 for weights of 32 bits or fewer.
+    group : Group
+        The ranks over which the last axis is split equally.
+    compute : "float64", "float32" or None
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On every rank alike, if the parameters are not floats of one shape, or eps is not finite and >= 0.
+    """
+
+    offset: float
+    statistics: Statistics
+    layout: Features
+    with_bias = False  # whether `init` makes one
+    shape = "(features,)"  # of the parameters, as messages say it
+
+    def __init__(
+        self,
+        weight: Array | None = None,
+        bias: Array | None = None,
+        eps: float = 1e-5,
+        *,
+        offset: float = 0,
+        statistics: Statistics = "two-pass",
+        **settings: Unpack[Settings],
+    ) -> None:
+        layer, group = type(self).__name__, self._set_common(settings, Settings)
+        self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
+        told = {"offset": offset or None, "statistics": statistics, **_told(settings)}
+        checks.check_settings(layer, self.params, eps, group, self.shape, **told)
+        checks.check_offset(layer, self.params, offset, group)
+        checks.check_choice(layer, "statistics", statistics, FORMS, group)
+        axes, features = _shape_of(layer, self.params, settings, group)
+        layout = Features(layer, group, axes)
+        rows = Rows(layout, self.formula, eps, self.compute, form=statistics, offset=offset)
+        self._set(eps=float(eps), axes=axes, features=features, offset=offset, statistics=statistics)
+        self._set(shards=dict.fromkeys(self.params, self._axis(axes - 1)), layout=layout, rows=rows)
+
+    @classmethod
+    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Any) -> Self:
+        """Return the norm that multiplies by 1, with a bias of zeros if it usually has one."""
+        weight = np.full(features, 1 - settings.get("offset", 0), dtype)
+        return cls(weight, np.zeros(features, dtype) if cls.with_bias else None, **settings)
+
+    def _check(self, **arrays: Array) -> None:
+        checks.check_features(type(self).__name__, self.params, self.axes, self.group, self.features, **arrays)
+
+    def _shown(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {} if self.params or self.features is None else {"features": self.features}
+        shown |= {"eps": self.eps} | ({"offset": self.offset} if self.offset else {})
+        shown |= {} if self.statistics == "two-pass" else {"statistics": self.statistics}
+        return shown | {name: value for name, value in super()._shown().items() if name != "eps"}
+
+
+class LengthNorm(RowNorm):
+    """A norm over the trailing axes of (..., features) that divides by a length, with one number as its weight.
+
+    Parameters
+    ----------
+    weight : array of shape () or (1,), or None
+        What z is multiplied by; None leaves it out. On a group, the same on every rank.
+    eps : float
+        The least length that is divided by, so in units of x. The formula is given its square.
+    **settings : axes, features, group, compute
+        As for `FeatureNorm`; here axes is 1 unless it is given.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On every rank alike, if the weight is not one float, or eps is not finite and >= 0.
+    """
+
+    def __init__(self, weight: Array | None = None, eps: float = 1e-5, **settings: Unpack[Settings]) -> None:
+        layer, group = type(self).__name__, self._set_common(settings, Settings)
+        self.params = {} if weight is None else {"weight": weight}
+        checks.check_settings(layer, self.params, eps, group, "() or (1,)", replicated=self.params, **_told(settings))
+        checks.check_square(layer, eps, self.compute, group)
+        axes, features = _shape_of(layer, {}, settings, group)
+        rows = Rows(Features(layer, group, axes), self.formula, eps * eps, self.compute)
+        self._set(eps=float(eps), axes=axes, features=features, shards=dict.fromkeys(self.params), rows=rows)
+
+    def _check(self, **arrays: Array) -> None:
+        checks.check_place(type(self).__name__, self.params, self.group, **arrays)
+        checks.check_features(type(self).__name__, {}, self.axes, self.group, self.features, **arrays)
+
+    def _shown(self) -> dict[str, Any]:
+        shape = {"features": self.features} if self.features else {"axes": self.axes} if self.axes > 1 else {}
+        return shape | super()._shown()
+
+
+class ChannelNorm(RowNorm):
+    """A norm of channels, over (N, C, ...), with a weight and a bias for each channel.
+
+    Parameters
+    ----------
+    weight, bias : arrays of shape (channels,), or None
+        What z is multiplied by, and what is added; None leaves it out.
+    eps : float
+        Added to the variance (that of n, not n - 1), so in units of x squared.
+    group : Group
+        The ranks that share the norm.
+    compute : "float64", "float32" or None
+        The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md.
+
+    Raises
+    ------
+    ValueError, TypeError
+        On every rank alike, if the parameters are not floats of one shape (channels,), or eps is not finite and >= 0.
+    """
+
+    def _set_channels(
+        self,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        settings: Common,
+        replicated: dict[str, Array] | None = None,
+        sizes: str = "{}",
+        **told: Any,
+    ) -> Group:
+        """Set parameters and settings, checked; return the group.
+
+        replicated : more arrays to check; with them all arrays are the same on each rank
+        """
+        group = self._set_common(settings)
+        self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
+        arrays, told = self.params | (replicated or {}), told | {"compute": self.compute}
+        same = () if replicated is None else tuple(arrays)
+        checks.check_settings(type(self).__name__, arrays, eps, group, "(channels,)", sizes, same, **told)
+        shards = dict.fromkeys(self.params, self._axis(0) if replicated is None else None)
+        self._set(eps=float(eps), shards=shards)
+        return group
+
+    @classmethod
+    def init(cls, channels: int, dtype: str = "float32", **settings: Any) -> Self:
+        """Return the norm with a weight of ones and a bias of zeros."""
+        weight, bias = np.ones(channels, dtype), np.zeros(channels, dtype)
+        return cls(weight, bias, **settings)  # type: ignore[call-arg]
+
+    def _check(self, **arrays: Array) -> None:
+        checks.check_channels(type(self).__name__, self.params, self.group, **arrays)
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    """Return the settings that the ranks of a group compare."""
+    return {name: value for name, value in settings.items() if name != "group"}
+
+
+def _shape_of(
+    layer: str, params: dict[str, Array], settings: Settings, group: Group
+) -> tuple[int, tuple[int, ...] | None]:
+    """Return how many trailing axes are the features, and their shape if a setting says it."""
+    axes, features = settings.get("axes"), settings.get("features")
+    if features is None:
+        return checks.count_axes(layer, params, axes, group), None
+    with errors_on_all_ranks(group):
+        shape = features if isinstance(features, tuple) else (features,)
+        if not shape or not all(checks.is_count(n) for n in shape):
+            raise ValueError(
+                f"{layer}: features is {features!r}. It must be an integer, 1 or more, or a tuple of such."
+            )
+        if params or axes is not None:
+            raise ValueError(f"{layer}: features is for a norm without parameters, instead of axes. Leave it out.")
+    return len(shape), shape

@@ -1,0 +1,98 @@
+"""The running statistics of batch normalization: where they start, how they are updated, what inference takes."""
+
+from typing import Any
+
+import numpy as np
+
+from npnorm import checks
+from npnorm.arrays import Array, array_module, from_numpy
+from npnorm.engine import Batch, Formula, Rows
+from npnorm.group import SOLO
+from npnorm.norms.norm import ChannelNorm, Common
+
+__all__ = ["Common", "Formula", "RunningNorm"]
+
+
+class RunningNorm(ChannelNorm):
+    """A norm of channels over the batch, which keeps running statistics.
+
+    Attributes
+    ----------
+    running_mean, running_var : arrays of shape (channels,), or None
+    batches : int
+        How many batches they have seen.
+    """
+
+    by_running_statistics: Formula
+    fixed: Rows
+    momentum: float | None
+    running_mean: Array | None
+    running_var: Array | None
+    batches: int
+
+    def __init__(
+        self,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        momentum: float | None,
+        running_mean: Array | None,
+        running_var: Array | None,
+        batches: int,
+        settings: Common,
+    ) -> None:
+        layer, running = type(self).__name__, {"running_mean": running_mean, "running_var": running_var}
+        given = {name: a for name, a in running.items() if a is not None}
+        group = self._set_channels(weight, bias, eps, settings, given, momentum=momentum, batches=batches)
+        checks.check_running(layer, running, momentum, batches, group)
+        layout = Batch(layer, group)
+        self._set(
+            rows=Rows(layout, self.formula, eps, self.compute, form="gathered"), momentum=momentum, batches=int(batches)
+        )
+        self._set(fixed=Rows(layout, self.by_running_statistics, eps, self.compute))
+        self._set(running_mean=self._start(running_mean, 0.0), running_var=self._start(running_var, 1.0))
+
+    def forward(self, x: Array, *, out: Array | None = None) -> tuple[Array, Any]:
+        """Return y, of the shape and dtype of x: (N, C, ...), and what backward needs: training; y goes to `out`."""
+        y, saved = super().forward(x, out=out)
+        checks.check_counted(type(self).__name__, saved.n)
+        return y, saved
+
+    def _start(self, given: Array | None, number: float) -> Array | None:
+        """Return a copy of what is given, or the number for each channel, if the parameters tell how many there are."""
+        if given is not None:
+            return SOLO.shard(given, None)
+        like = next(iter(self.params.values()), None)
+        return None if like is None else from_numpy(np.full(like.shape, number), like)
+
+    def known(self) -> tuple[Array, Array]:
+        """Return mean and variance in float64, of shape (channels, 1, 1)."""
+        mean, var = self.running_mean, self.running_var
+        checks.check_known(type(self).__name__, mean, var, self.eps, self.group)
+        xp: Any = array_module(mean)
+        return xp.astype(mean, xp.float64)[:, None, None], xp.astype(var, xp.float64)[:, None, None]
+
+    def update(self, mean: Array, var: Array, exponent: Array | None) -> None:
+        """Take in the mean and unbiased variance, of shape (channels, 1, 1), of channels divided by 2^exponent."""
+        xp, batches = array_module(mean), self.batches + 1
+        momentum = 1 / batches if self.momentum is None else self.momentum
+        with np.errstate(all="ignore"):
+            if exponent is not None:
+                half = 2.0 ** (exponent / 2)  # 2^exponent and 4^exponent themselves may be out of range
+                mean, var = mean * half * half, var * half * half * half * half
+
+            def updated(old: Array | None, start: float, new: Array) -> Array:
+                old = xp.full_like(new, start) if old is None else old
+                return xp.astype((1 - momentum) * xp.astype(old, new.dtype) + momentum * new, old.dtype)
+
+            running_mean = updated(self.running_mean, 0.0, mean[:, 0, 0])
+            running_var = updated(self.running_var, 1.0, var[:, 0, 0])
+        checks.check_tracked(type(self).__name__, running_mean, running_var)
+        self._set(running_mean=running_mean, running_var=running_var, batches=batches)
+
+    def _check(self, **arrays: Array) -> None:
+        known = self.params or ({} if self.running_mean is None else {"running_mean": self.running_mean})
+        checks.check_channels(type(self).__name__, known, self.group, **arrays)
+
+    def _shown(self) -> dict[str, Any]:
+        return {**super()._shown(), "momentum": self.momentum, "batches": self.batches}
