@@ -37,14 +37,14 @@ class Limits(NamedTuple):
     constant: bool  # whether the mean of a constant row has no error
     digits: float  # the error of 1 - eps rstd^2
     size: int  # rstd is between 2^-size and 2^size
-    tiny: float  # the smallest largest |x| of a row that is lost beside eps; 0 is no harm
+    tiny: float  # the smallest largest |x| of a row beside eps, so that x rstd and dy x are in range; 0 is no harm
     square: int  # |dz|^2 is between 2^-square and 2^square; 0 is no harm
     left: float  # the least share of |dz|^2 that is left in dx; of dz along z, |dx| is this share of |dz|
     weight: float  # the largest |w|
 
 
 LIMITS = {
-    "float32": Limits(4.0, 2.0, False, 2.0**-16, 50, 2.0**-100, 100, 2.0**-2, 2.0**20),
+    "float32": Limits(4.0, 2.0, False, 2.0**-16, 50, 2.0**-40, 100, 2.0**-2, 2.0**20),
     "float64": Limits(2.0**8, 2.0**5, True, 2.0**-40, 450, 0.0, 900, 2.0**-10, 2.0**300),
 }
 """By the working precision.

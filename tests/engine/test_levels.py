@@ -159,6 +159,16 @@ def test_a_mean_and_a_dx_that_cancels_do_not_add_up(name, mean, along):
     check(name, {"dx": came["dx"]}, exact(name, params, x, dy, eps=eps), 0.505)
 
 
+@EACH
+@pytest.mark.parametrize(("x_size", "dy_size", "w_size", "eps"), [(3e-30, 3e-15, 1, 1e-28), (1e-29, 1, 1e4, 1e29)])
+def test_products_of_small_numbers_keep_their_digits_beside_eps(name, x_size, dy_size, w_size, eps):
+    params, x, dy = problem(name, 10)
+    x, dy = x * np.float32(x_size), dy * np.float32(dy_size)
+    params = {"weight": params["weight"] * np.float32(w_size), "bias": 0 * params["bias"]}
+    expected = exact(name, params, x, dy, eps=eps)
+    check(name, run(MAKE[name](params, eps=eps, compute="float32"), x, dy), expected, 4)
+
+
 WIDTHS = [*range(1, 21), *range(8191, 8201)]
 
 
