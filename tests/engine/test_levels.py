@@ -169,6 +169,11 @@ def test_products_of_small_numbers_keep_their_digits_beside_eps(name, x_size, dy
     check(name, run(MAKE[name](params, eps=eps, compute="float32"), x, dy), expected, 4)
 
 
+def test_constant_rows_are_evaluated_fast():
+    params, x, dy = problem("LayerNorm", 11)
+    assert levels("LayerNorm", params, np.full_like(x, 3), dy) == NONE
+
+
 WIDTHS = [*range(1, 21), *range(8191, 8201)]
 
 
