@@ -1,4 +1,6 @@
+import time
 import timeit
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,7 +9,6 @@ from npnorm import AdaptiveNorm, LayerNorm, RMSNorm
 from tests.check import BFLOAT16, close, draw, same_bits
 
 KINDS = pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
-SHAPES = pytest.mark.parametrize("shape", [(4, 7), (4, 3, 7), (4, 2, 3, 7)])
 
 
 def arrays(seed):
@@ -114,11 +115,10 @@ def test_without_samples_or_rows_there_is_nothing(shape):
     np.testing.assert_array_equal(dshift, np.zeros((shape[0], 7)))
 
 
-def test_many_samples_take_no_longer_than_their_rows():
-    rng = np.random.default_rng(11)
-    x = rng.standard_normal((8192, 512)).astype("float32")
-    adaptive, plain = AdaptiveNorm(RMSNorm()), RMSNorm()
-    times = {}
-    for name, run in (("plain", lambda: plain.forward(x)), ("adaptive", lambda: adaptive.forward(x, x, x))):
-        times[name] = min(timeit.repeat(run, number=1, repeat=3))
-    assert times["adaptive"] < 8 * times["plain"]  # each block once converted all samples: 40 times
+def test_four_times_the_samples_take_about_four_times_as_long():
+    x = np.random.default_rng(11).standard_normal((8192, 512)).astype("float32")
+    layer, times = AdaptiveNorm(RMSNorm()), []
+    for part in (x[:2048], x):
+        call = partial(layer.forward, part, part, part)
+        times.append(min(timeit.repeat(call, number=1, repeat=5, timer=time.process_time)))
+    assert times[1] < 10 * times[0]  # each block once converted all samples: 16 times
