@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, to_numpy
-from npnorm.engine.exact import Exact, change
+from npnorm.engine.exact import Exact, change, flatten
 from npnorm.engine.levels import Level, of_rows
 from npnorm.engine.row import Absent
 from npnorm.engine.statistics import Mean
@@ -31,8 +31,8 @@ UNITS = {"float64": 2.0, "float32": 64.0}
 STATISTICS = {"float64": 2.0**-30, "float32": 2.0**-10}
 """By what part of itself a statistic may be off."""
 
-SUMS = {"float64": 2.0**-36, "float32": 2.0**-14}
-"""By what part of dy a sum for a parameter may be off, for each number that is added."""
+SUMS = {"float64": 2.0**-36, "float32": 2.0**-16}
+"""By what part of dy z a sum for a parameter may be off, for each number that is added."""
 
 FLUSHED = {"float64": 0.0, "float32": 2.0**-100}
 """By what it may be off besides, since float32 is flushed to zero."""
@@ -99,6 +99,9 @@ def backward(
     wide, given_wide = [_in_float64(a) for a in w], change(_in_float64, given)
     of_x = [contiguous(a, xp.float64) for a in (x, *plus)]
     hard = _hard_rows(tuple(x.shape[1:]), x.dtype)[: None if guarded else ORDINARY]
+    numbers = flatten(given_wide)
+    size = xp.max(abs(of_x[0]), axis=tuple(range(1, x.ndim)), keepdims=True) + abs(numbers[0])
+    z = max(1.0, float(xp.max(size * abs(numbers[-1]))))  # or more
     for dy in (*(xp.asarray(np.repeat(row[None], x.shape[0], axis=0)) for row in hard), x):
         dx = xp.empty(x.shape, dtype=x.dtype)
         sums, lost = call((dy, x, *plus), w, given, dx)
@@ -114,8 +117,9 @@ def backward(
         for a, b in zip(sums, (b for b, has in zip(expected, there, strict=True) if has), strict=True):
             a, b = to_numpy(a), to_numpy(b)
             a = a if exact.layout.adds else a[kept]
-            off = SUMS[work] * largest * (x.size / a.size) + FLUSHED[work]
-            if np.isfinite(a).all() and not np.all(np.abs(a - b) <= off):  # one that is not is evaluated again
+            off = SUMS[work] * largest * z * (x.size / a.size) + FLUSHED[work]
+            finite = math.isfinite(off) and np.isfinite(a).all()  # what is not is evaluated again
+            if finite and not np.all(np.abs(a - b) <= off):
                 raise CheckFailed("backward, a sum for a parameter")
 
 

@@ -255,6 +255,21 @@ def test_gradients_that_are_not_finite_are_evaluated_again(device, bad):
         np.testing.assert_array_equal(a, b)
 
 
+@COMPUTE
+@pytest.mark.parametrize("name", MAKE)
+def test_no_ordinary_data_fail_the_check(device, name, compute):
+    for seed in range(4):
+        compiled._kernels.cache_clear()
+        rng = np.random.default_rng(seed)
+        params, x, dy = draw(name)
+        for a in params.values():
+            a *= np.exp(2 * rng.standard_normal(a.shape)).astype("float32")
+        x, dy = x * np.float32(10.0 ** rng.integers(-3, 5)), dy * np.float32(10.0 ** rng.integers(-6, 4))
+        x[..., 3] *= 300  # some features are much larger than others
+        run(put, lambda **p: MAKE[name](**p, compute=compute), params, x, dy)  # a warning would be an error
+    assert compiled._Process.uses_kernels
+
+
 # Memory.
 
 
