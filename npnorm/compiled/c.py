@@ -25,8 +25,13 @@ TYPES = {"float64": "double", "float32": "float", "float16": "unsigned short", "
 
 SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 
-FUNCTIONS = {"negative": "-({})", "absolute": "fabs{f}({})", "sqrt": "sqrt{f}({})"}
-"""Of one operand; {f} is f in float32."""
+FUNCTIONS = {
+    "negative": "-({})",
+    "absolute": "fabs{f}({})",
+    "sqrt": "sqrt{f}({})",
+    "minimum": "fmin{f}({}, {})",
+}
+"""{f} is f in float32."""
 
 
 class NotWritten(Exception):
@@ -300,7 +305,8 @@ class Writer:
         if not self._squares:
             return
         square, left = map(self.value, self._squares)
-        low, high, least = map(self._number, (*guards.square, guards.limits.left))
+        low, high = map(self._number, guards.square)
+        least = self.value(guards.least_left(self.traced.row.means, self.rstd))
         walk = Pass(self)
         self.lines.append("int zero = 0;")
         self.branch(f"{square} == 0", walk, {"some": f"nonzero({walk.array(Symbol('dy'))})"}, "zero = !some;")

@@ -93,6 +93,10 @@ class Functions:
         """Return the square root."""
         return a.trace.number("sqrt", a)
 
+    def minimum(self, a: Number, b: Any) -> Number:
+        """Return the smaller one of two numbers."""
+        return a.trace.number("minimum", a, b)
+
     def __getattr__(self, name: str) -> Any:
         raise NotLinear(f"the formula has the function {name} of numbers")
 

@@ -75,6 +75,8 @@ def is_supported(layout: Any, shape: tuple[int, ...], dtype: str, params: tuple[
 class Guards:
     """The predicate for one working precision.
 
+    `npnorm.compiled.c` writes the same predicate for kernels: what changes here changes there.
+
     Parameters
     ----------
     work : "float32" or "float64"
@@ -104,6 +106,14 @@ class Guards:
         square = rstd * rstd
         spread = (1 - self.limits.digits) - eps * square
         return mean * mean * square - (spread + abs(spread)) * (self.mean / 2)
+
+    def least_left(self, means: list[Any], rstd: Any) -> Any:
+        """Return the least share of |dz|^2 that must be left in dx: more, if the mean took digits."""
+        if not means or not self.limits.mean_left:
+            return self.limits.left
+        far = sum(mean * mean for mean in means) * rstd * rstd
+        far = array_module(rstd).minimum(far, self.mean)  # a constant row has any
+        return self.limits.left + self.limits.mean_left * far
 
     def lost_forward(self, x: Array, rstd: Array, centred: Any) -> Array | None:
         """Return which rows lost digits forward, of shape (rows,); None if no row did.
@@ -140,10 +150,7 @@ class Guards:
             good = good and all([all_between(far, -math.inf, NEXT) for far in fars])
         if squares is not None:
             square, left = squares
-            least = self.limits.left
-            if means and self.limits.mean_left:
-                far = sum(mean * mean for mean in means) * rstd * rstd
-                least = least + self.limits.mean_left * xp.minimum(far, self.mean)  # a constant row has any
+            least = self.least_left(means, rstd)
             good = good and all_between(square, *self.square) and all_between(left / square - least, -1.0, math.inf)
         if good:
             return None

@@ -110,6 +110,7 @@ FORMULAS = {
     "y w - x sum(x y w)": lambda x, y, r, w: y * w - x * over_row(x * (y * w)),
     "(2 - r) (r - 1) / r": lambda x, y, r, w: x * ((2 - r) * (r - 1) / r),
     "|r| - (-r) 1": lambda x, y, r, w: x + (abs(r) - -r * 1.0),
+    "the smaller one of r and 2": lambda x, y, r, w: x * array_module(r).minimum(r * r, 2.0),
     "3 / w - w": lambda x, y, r, w: x * (3 / w - w),
 }
 
