@@ -7,14 +7,64 @@ that names CuPy, and it does not load it: a CuPy array cannot exist unless CuPy 
 import functools
 import importlib
 import sys
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from npnorm import cuda_casts
 
-Array = Any
-"""An array of any module that `array_module` knows."""
+
+class Array(Protocol):
+    """An array of any module that `array_module` knows: what type checkers ask of what comes in."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the elements, of the array's own module."""
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has."""
+
+    @property
+    def size(self) -> Any:
+        """How many elements it has."""
+
+    @property
+    def device(self) -> Any:
+        """Where it lies."""
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+    def __setitem__(self, key: Any, value: Any, /) -> None: ...
+    def __add__(self, other: Any, /) -> Any: ...
+    def __radd__(self, other: Any, /) -> Any: ...
+    def __sub__(self, other: Any, /) -> Any: ...
+    def __rsub__(self, other: Any, /) -> Any: ...
+    def __mul__(self, other: Any, /) -> Any: ...
+    def __rmul__(self, other: Any, /) -> Any: ...
+    def __truediv__(self, other: Any, /) -> Any: ...
+    def __rtruediv__(self, other: Any, /) -> Any: ...
+    def __pow__(self, other: Any, /) -> Any: ...
+    def __rpow__(self, other: Any, /) -> Any: ...
+    def __matmul__(self, other: Any, /) -> Any: ...
+    def __and__(self, other: Any, /) -> Any: ...
+    def __or__(self, other: Any, /) -> Any: ...
+    def __lt__(self, other: Any, /) -> Any: ...
+    def __le__(self, other: Any, /) -> Any: ...
+    def __gt__(self, other: Any, /) -> Any: ...
+    def __ge__(self, other: Any, /) -> Any: ...
+    def __neg__(self) -> Any: ...
+    def __abs__(self) -> Any: ...
+    def __invert__(self) -> Any: ...
+    def __float__(self) -> float: ...
+    def __bool__(self) -> bool: ...
+
+
+AnyArray = TypeVar("AnyArray", bound=Array)
+"""An array of some module, which goes in and comes out."""
 
 PIECE = 8192
 """Elements of a dot product for which BLAS does not start threads."""
@@ -58,7 +108,7 @@ def is_cuda(xp: Any) -> bool:
     return xp.__name__ == "cupy" and not xp.cuda.runtime.is_hip
 
 
-def to_numpy(x: Array) -> np.ndarray:
+def to_numpy(x: Any) -> np.ndarray:
     """Return the values of `x` as a NumPy array, from whatever device they are on."""
     xp = array_module(x)
     if xp is np:
@@ -68,7 +118,7 @@ def to_numpy(x: Array) -> np.ndarray:
     return np.from_dlpack(x)
 
 
-def from_numpy(values: np.ndarray, like: Array) -> Array:
+def from_numpy(values: np.ndarray, like: Array) -> Any:
     """Return the NumPy array `values` as an array of the module, and on the device, of `like`."""
     xp = array_module(like)
     if xp is np:
@@ -79,7 +129,7 @@ def from_numpy(values: np.ndarray, like: Array) -> Array:
     return xp.asarray(values, device=like.device)
 
 
-def empty_on(device: str) -> Array:
+def empty_on(device: str) -> Any:
     """Return an array without elements on "cpu" or "gpu", for `from_numpy` to follow.
 
     Raises
@@ -98,7 +148,7 @@ def empty_on(device: str) -> Array:
     return cupy.zeros(0)
 
 
-def contiguous(x: Array, dtype: Any = None) -> Array:
+def contiguous(x: Array, dtype: Any = None) -> Any:
     """Return `x` in C order and aligned, so that a sum over its last axis adds in the same order for any layout."""
     xp = array_module(x)
     if xp is np:
@@ -140,7 +190,7 @@ def describe(x: Array) -> str:
     return f"{tuple(x.shape)} {dtype_name(x)}"
 
 
-def round_to(x: Array, dtype: Any) -> Array:
+def round_to(x: Any, dtype: Any) -> Any:
     """Return `x` rounded once to `dtype`, to nearest.
 
     NumPy and CuPy round float64 to bfloat16 by way of float32, which is twice. Rounding to odd on the way (the last bit
@@ -158,7 +208,7 @@ def round_to(x: Array, dtype: Any) -> Array:
         return _cast(x, dtype)
 
 
-def _cast(x: Array, dtype: Any) -> Array:
+def _cast(x: Array, dtype: Any) -> Any:
     """Return `x` in another dtype; on a GPU by conversions that keep subnormal numbers, and round once."""
     xp = array_module(x)
     if is_cuda(xp):
@@ -168,34 +218,34 @@ def _cast(x: Array, dtype: Any) -> Array:
     return xp.astype(x, dtype, copy=False)
 
 
-def sqrt(x: Array) -> Array:
+def sqrt(x: Array) -> Any:
     """Return the square root, element by element."""
     return array_module(x).sqrt(x)
 
 
-def exp(x: Array) -> Array:
+def exp(x: Array) -> Any:
     """Return the exponential, element by element."""
     return array_module(x).exp(x)
 
 
-def log(x: Array) -> Array:
+def log(x: Array) -> Any:
     """Return the natural logarithm, element by element."""
     return array_module(x).log(x)
 
 
-def tanh(x: Array) -> Array:
+def tanh(x: Array) -> Any:
     """Return the hyperbolic tangent, element by element."""
     return array_module(x).tanh(x)
 
 
-def sigmoid(x: Array) -> Array:
+def sigmoid(x: Array) -> Any:
     """Return 1 / (1 + exp(-x)), element by element, without overflow."""
     xp = array_module(x)
     e = exp(xp.where(x > 0, -x, x))
     return xp.where(x > 0, 1 / (1 + e), e / (1 + e))
 
 
-def erf(x: Array) -> Array:
+def erf(x: Array) -> Any:
     """Return the error function, element by element; on the host by SciPy, which is loaded here only."""
     xp = array_module(x)
     try:
@@ -212,7 +262,7 @@ def erf(x: Array) -> Array:
     return from_numpy(on_host(to_numpy(x)), x)
 
 
-def square_sum(x: Array) -> Array:
+def square_sum(x: Any) -> Any:
     """Return the sum of the squared magnitudes over the last axis, for comparisons only.
 
     NumPy hands it to BLAS, in pieces that are too short for its threads; its last bits depend on the CPU.
@@ -224,6 +274,6 @@ def square_sum(x: Array) -> Array:
     return xp.sum(size * size, axis=-1)
 
 
-def transpose(x: Array) -> Array:
+def transpose(x: Array) -> Any:
     """Return `x` with its last two axes exchanged."""
     return array_module(x).matrix_transpose(x)

@@ -37,14 +37,14 @@ class PostNorm:
     def __repr__(self) -> str:
         return summary("PostNorm", norm=self.norm, sublayer=self.sublayer)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
+    def forward(self, x: Array) -> tuple[Any, Saved]:
         """Return y of the shape of x."""
         hand_down(self.params, {"norm": self.norm, "sublayer": self.sublayer})
         f, sublayer = self.sublayer.forward(x)
         y, norm = self.norm.forward(x + f)
         return y, Saved(norm, sublayer)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, Tree]:
+    def backward(self, dy: Array, saved: Saved) -> tuple[Any, Tree]:
         """Return dx, and the gradients of both layers."""
         hand_down(self.params, {"norm": self.norm, "sublayer": self.sublayer})
         ds, norm = self.norm.backward(dy, saved.norm)
@@ -63,14 +63,14 @@ class PreNorm:
     def __repr__(self) -> str:
         return summary("PreNorm", norm=self.norm, sublayer=self.sublayer)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
+    def forward(self, x: Array) -> tuple[Any, Saved]:
         """Return y of the shape of x."""
         hand_down(self.params, {"norm": self.norm, "sublayer": self.sublayer})
         z, norm = self.norm.forward(x)
         f, sublayer = self.sublayer.forward(z)
         return x + f, Saved(norm, sublayer)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, Tree]:
+    def backward(self, dy: Array, saved: Saved) -> tuple[Any, Tree]:
         """Return dx, and the gradients of both layers."""
         hand_down(self.params, {"norm": self.norm, "sublayer": self.sublayer})
         dz, sublayer = self.sublayer.backward(dy, saved.sublayer)
@@ -89,7 +89,7 @@ class Chain:
     def __repr__(self) -> str:
         return summary("Chain", **self.layers)
 
-    def forward(self, x: Array) -> tuple[Array, dict[str, Any]]:
+    def forward(self, x: Array) -> tuple[Any, dict[str, Any]]:
         """Return the last layer's y, and what each layer saved."""
         hand_down(self.params, self.layers)
         saved = {}
@@ -97,7 +97,7 @@ class Chain:
             x, saved[name] = layer.forward(x)
         return x, saved
 
-    def backward(self, dy: Array, saved: dict[str, Any]) -> tuple[Array, Tree]:
+    def backward(self, dy: Array, saved: dict[str, Any]) -> tuple[Any, Tree]:
         """Return dx, and the gradients of each layer."""
         hand_down(self.params, self.layers)
         grads = {}

@@ -29,13 +29,13 @@ class Group(Protocol):
     def sum(self, *arrays: Array, label: str = "") -> Any:
         """Turn partial arrays into replicated ones; several travel in one message and come back as a tuple."""
 
-    def max(self, x: Array, label: str = "") -> Array:
+    def max(self, x: Array, label: str = "") -> Any:
         """Return the largest value over the ranks, element by element; a NaN on any rank stays."""
 
-    def gather(self, x: Array, axis: int, label: str = "") -> Array:
+    def gather(self, x: Array, axis: int, label: str = "") -> Any:
         """Turn an array sharded along `axis` into a replicated one."""
 
-    def shard(self, x: Array, axis: int | None) -> Array:
+    def shard(self, x: Array, axis: int | None) -> Any:
         """Return a copy of this rank's part of the replicated `x` along `axis` (None: of all of it)."""
 
     def require_same(self, label: str) -> None:
@@ -58,15 +58,15 @@ class Solo:
         """Return the arrays: a single one as it is, several as a tuple."""
         return arrays[0] if len(arrays) == 1 else arrays
 
-    def max(self, x: Array, label: str = "") -> Array:
+    def max(self, x: Array, label: str = "") -> Any:
         """Return `x`."""
         return x
 
-    def gather(self, x: Array, axis: int, label: str = "") -> Array:
+    def gather(self, x: Array, axis: int, label: str = "") -> Any:
         """Return `x`."""
         return x
 
-    def shard(self, x: Array, axis: int | None) -> Array:
+    def shard(self, x: Array, axis: int | None) -> Any:
         """Return a copy of `x`."""
         return array_module(x).astype(x, x.dtype)
 

@@ -88,7 +88,7 @@ class Ranks:
         sums = tuple(_from_host(t, x) for t, x in zip(np.split(total, ends), arrays, strict=True))
         return sums[0] if len(sums) == 1 else sums
 
-    def max(self, x: Array, label: str = "") -> Array:
+    def max(self, x: Array, label: str = "") -> Any:
         """Return the largest value over the ranks, element by element; a NaN on any rank stays.
 
         One all-gather: MPI's own maximum loses a NaN on some ranks and not on others.
@@ -96,13 +96,13 @@ class Ranks:
         self._require_same(f"max of {describe(x)} for {label or 'the caller'}")
         return _from_host(np.max(self._allgather("max", _to_host(x)), axis=0), x)
 
-    def gather(self, x: Array, axis: int, label: str = "") -> Array:
+    def gather(self, x: Array, axis: int, label: str = "") -> Any:
         """Turn an array sharded along `axis` into a replicated one: one all-gather."""
         self._require_same(f"gather of {describe(x)} along axis {axis} for {label or 'the caller'}")
         shards = self._allgather("gather", _to_host(x))
         return array_module(x).concat([_from_host(shard, x) for shard in shards], axis=axis)
 
-    def shard(self, x: Array, axis: int | None) -> Array:
+    def shard(self, x: Array, axis: int | None) -> Any:
         """Return a copy of this rank's part of the replicated `x` along `axis` (None: of all of it)."""
         xp = array_module(x)
         if axis is None:

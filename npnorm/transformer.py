@@ -102,7 +102,7 @@ class Transformer:
         sizes = map_tree(lambda array, ranks: math.prod(array.shape) * ranks, self.params, shared)
         return f"Transformer({self.config!r}, {sum(size for _, size in leaves(sizes)):,} parameters)"
 
-    def forward(self, ids: Array) -> tuple[Array, Saved]:
+    def forward(self, ids: Array) -> tuple[Any, Saved]:
         """Return logits of shape (batch, length, vocabulary of this rank) for ids of shape (batch, length)."""
         with errors_on_all_ranks(self.group):
             check_module("Transformer", ids, self.params["embedding"])

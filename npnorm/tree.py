@@ -29,10 +29,10 @@ class Layer(Protocol):
     shards: Tree
     """The shape of `params`: for each array the axis along which a group splits it, None where it is replicated."""
 
-    def forward(self, x: Array) -> tuple[Array, Any]:
+    def forward(self, x: Array) -> tuple[Any, Any]:
         """Return y, saved."""
 
-    def backward(self, dy: Array, saved: Any) -> tuple[Array, Tree]:
+    def backward(self, dy: Array, saved: Any) -> tuple[Any, Tree]:
         """Return dx, grads: complete gradients for what this rank holds."""
 
 

@@ -73,7 +73,7 @@ class Kernels:
         self.checked: set[int] = set()
         self._functions: dict[int, dict[str, Any]] = {}
 
-    def width(self, *arrays: Array) -> int:
+    def width(self, *arrays: Any) -> int:
         """Return the length of packs for arrays that lie where these do."""
         return self.widths[-1] if all(a.data.ptr % ALIGNED == 0 for a in arrays) else 1
 
@@ -297,7 +297,7 @@ def _columns(
     return sums
 
 
-def _in_memory(kernels: Kernels, a: Array) -> Array:
+def _in_memory(kernels: Kernels, a: Array) -> Any:
     """Return rows as they lie in memory: channels of a batch lie beside each other, sample by sample."""
     return array_module(a).moveaxis(a, 0, 1) if kernels.kind.axes == "Batch" else a
 

@@ -34,7 +34,7 @@ class Known:
                 return None
         return found[1]
 
-    def add(self, which: str, x: np.ndarray, params: dict[str, Array], note: Any) -> None:
+    def add(self, which: str, x: np.ndarray, params: dict[str, Any], note: Any) -> None:
         """Note something of arrays like x."""
         if all(type(a) is np.ndarray and a.ndim == 1 for a in params.values()):
             if len(self._found) >= KNOWN:
@@ -59,7 +59,7 @@ def is_like(dy: Any, x: np.ndarray, statistics: tuple[Any, ...], rows: int) -> b
     return type(statistics[-1]) is np.ndarray and len(statistics[-1]) == rows
 
 
-def can_write_to(out: Array, *arrays: np.ndarray) -> bool:
+def can_write_to(out: Array, *arrays: Any) -> bool:
     """Return whether a result like the first array can be written to `out` while the arrays are read."""
     x = arrays[0]
     if type(out) is not np.ndarray or out.shape != x.shape or out.dtype != x.dtype:
@@ -88,7 +88,7 @@ def check_dtypes(layer: str, compute: str, x: Array, *others: Array) -> None:
         )
 
 
-def check_out(layer: str, out: Array | None, x: Array, *others: Array) -> None:
+def check_out(layer: str, out: Any, x: Array, *others: Array) -> None:
     """Raise unless a result like x can be written to `out` while x and the others are read."""
     if out is None:
         return

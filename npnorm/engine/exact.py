@@ -52,7 +52,7 @@ class Formula(NamedTuple):
         return [self.without(name, xp) for name in self.params]
 
 
-def flatten(statistics: tuple[Any, ...]) -> tuple[Array, ...]:
+def flatten(statistics: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the statistics as arrays: a `Mean` is two."""
     return tuple(part for s in statistics for part in (s if isinstance(s, Mean) else (s,)))
 
@@ -81,7 +81,7 @@ class Exact:
         self, exponent: Array | None = None, low_precision: bool = False, given: dict[str, Array] | None = None
     ) -> Row:
         """Return the rows as a formula sees them, which were divided by 2^exponent."""
-        eps = self.eps
+        eps: Any = self.eps
         if exponent is not None:
             eps = divide(divide(array_module(exponent).full_like(exponent, self.eps), exponent), exponent)
         low_precision = low_precision and self.formula.measured is None  # what is measured may be wider than x
@@ -101,7 +101,7 @@ class Exact:
         x, *others = arrays
         row = self.row(None, low_precision, given)
         y, statistics = self.formula.forward(row, x, *others, *params)
-        exponent = None
+        exponent: Any = None
         if not statistics or (low_precision and self.formula.measured is None):
             return y, statistics, None
         measured = self.formula.measured(row, x, *others) if self.formula.measured else row.measured(x)
@@ -121,7 +121,7 @@ class Exact:
         exponent: Array | None,
         low_precision: bool = False,
         given: dict[str, Array] | None = None,
-    ) -> tuple[list[Array], list[Array]]:
+    ) -> tuple[list[Any], list[Any]]:
         """Return dx and the gradients of the other arrays; and those of the parameters, summed over the rows.
 
         arrays : dy, x, and what else the formula takes.

@@ -18,7 +18,7 @@ class _Counting(Guards):
         super().__init__(level.work, level.folds, eps)
         self.again, self.count = again, count
 
-    def lost_forward(self, *given: Any) -> Array | None:
+    def lost_forward(self, *given: Any) -> Any:
         lost = super().lost_forward(*given)
         self._add(self.again, lost)
         return lost
@@ -30,7 +30,7 @@ class _Counting(Guards):
             self._add("dx again", lost.dx)
         return lost
 
-    def _add(self, name: str, lost: Array | None) -> None:
+    def _add(self, name: str, lost: Any) -> None:
         if lost is not None:
             self.count[name] += int(np.sum(lost))
 

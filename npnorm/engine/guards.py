@@ -59,8 +59,8 @@ ten thousand are not; they are within 0.501 units.
 class Lost(NamedTuple):
     """Which rows lost digits backward, of shape (rows,); None if no row did."""
 
-    all: Array | None  # in all results
-    dx: Array | None  # in dx alone, since little is left of dz
+    all: Any  # in all results
+    dx: Any  # in dx alone, since little is left of dz
 
 
 def is_supported(layout: Any, shape: tuple[int, ...], dtype: str, params: tuple[Array, ...]) -> bool:
@@ -115,7 +115,7 @@ class Guards:
         far = array_module(rstd).minimum(far, self.mean)  # a constant row has any
         return self.limits.left + self.limits.mean_left * far
 
-    def lost_forward(self, x: Array, rstd: Array, centred: Any) -> Array | None:
+    def lost_forward(self, x: Array, rstd: Array, centred: Any) -> Any:
         """Return which rows lost digits forward, of shape (rows,); None if no row did.
 
         centred : Centred or None
@@ -200,6 +200,6 @@ def _largest(x: Array) -> Array:
     return xp.max(abs(x), axis=tuple(range(1, x.ndim)), keepdims=True)
 
 
-def _rows(xp: Any, lost: Array) -> Array | None:
+def _rows(xp: Any, lost: Array) -> Any:
     lost = xp.reshape(lost, (-1,))
     return lost if bool(xp.any(lost)) else None

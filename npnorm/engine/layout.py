@@ -12,6 +12,7 @@ the rows back to the parameter. How a row is summed, on one rank or many, is in 
 """
 
 import math
+from typing import Any
 
 from npnorm.arrays import Array, array_module, contiguous
 from npnorm.group import SOLO, Group, Solo
@@ -57,23 +58,23 @@ class Layout:
         self.group = group
         self.local = isinstance(group, Solo)
 
-    def to_rows(self, x: Array) -> Array:
+    def to_rows(self, x: Array) -> Any:
         """Return `x` as rows, of shape (rows, ...)."""
         raise NotImplementedError
 
-    def from_rows(self, rows: Array, x: Array) -> Array:
+    def from_rows(self, rows: Array, x: Array) -> Any:
         """Return rows in the shape of `x`."""
         return array_module(x).reshape(rows, x.shape)
 
-    def param_to_rows(self, param: Array, start: int, stop: int) -> Array:
+    def param_to_rows(self, param: Array, start: int, stop: int) -> Any:
         """Return a parameter so that it broadcasts with the rows from `start` to `stop`."""
         raise NotImplementedError
 
-    def sum_over_rows(self, d: Array) -> Array:
+    def sum_over_rows(self, d: Array) -> Any:
         """Return the part of a gradient that a block of rows has: `d` summed as far as rows share a parameter."""
         raise NotImplementedError
 
-    def to_param(self, total: Array, param: Array) -> Array:
+    def to_param(self, total: Array, param: Array) -> Any:
         """Return the gradient of `param`, from the blocks' sums (added, or else concatenated)."""
         raise NotImplementedError
 
@@ -85,15 +86,15 @@ class Layout:
         """Return how many elements a row has, over all ranks that share it equally."""
         return self.local_size(rows) * self.group.size
 
-    def measured(self, rows: Array) -> Array:
+    def measured(self, rows: Array) -> Any:
         """Return what of the rows the norm measures: here all."""
         return rows
 
-    def to_message(self, numbers: Array) -> Array:
+    def to_message(self, numbers: Array) -> Any:
         """Return numbers for each row as the ranks add them up."""
         return numbers
 
-    def from_message(self, numbers: Array) -> Array:
+    def from_message(self, numbers: Array) -> Any:
         """Return the numbers of this rank's rows from what the ranks have added up."""
         return numbers
 
@@ -116,19 +117,19 @@ class Features(Layout):
         """Return what a message between ranks is about."""
         return f"{self.layer} of {self.size(rows)} features"
 
-    def to_rows(self, x: Array) -> Array:
+    def to_rows(self, x: Array) -> Any:
         """Return `x` in the shape (rows, features)."""
         return array_module(x).reshape(contiguous(x), (-1, math.prod(x.shape[x.ndim - self.axes :])))
 
-    def param_to_rows(self, param: Array, start: int, stop: int) -> Array:
+    def param_to_rows(self, param: Array, start: int, stop: int) -> Any:
         """Return a parameter of shape (features,)."""
         return array_module(param).reshape(param, (-1,))
 
-    def sum_over_rows(self, d: Array) -> Array:
+    def sum_over_rows(self, d: Array) -> Any:
         """Return the sum over the rows of a block."""
         return array_module(d).sum(d, axis=0)
 
-    def to_param(self, total: Array, param: Array) -> Array:
+    def to_param(self, total: Array, param: Array) -> Any:
         """Return the sum over the blocks in the shape of `param`."""
         return array_module(param).reshape(total, param.shape)
 
@@ -138,11 +139,11 @@ class Subset(Features):
 
     vectorized = False
 
-    def __init__(self, layer: str, group: Group, mask: Array, k: int) -> None:
+    def __init__(self, layer: str, group: Group, mask: Any, k: int) -> None:
         super().__init__(layer, group)
         self.mask, self.k = mask, k
 
-    def measured(self, rows: Array) -> Array:
+    def measured(self, rows: Array) -> Any:
         """Return the rows with zeros for what is not measured."""
         return array_module(rows).where(self.mask, rows, array_module(rows).zeros_like(rows))
 
@@ -160,16 +161,16 @@ class Groups(Features):
         super().__init__(layer, group if groups == 1 else SOLO)
         self.period = max(1, groups // group.size)  # the groups that this rank holds
 
-    def to_rows(self, x: Array) -> Array:
+    def to_rows(self, x: Array) -> Any:
         """Return `x` in the shape (rows of x times groups, features of a group)."""
         return array_module(x).reshape(contiguous(x), (-1, x.shape[-1] // self.period))
 
-    def param_to_rows(self, param: Array, start: int, stop: int) -> Array:
+    def param_to_rows(self, param: Array, start: int, stop: int) -> Any:
         """Return the parameters of each row's group. A block of rows starts with the first group."""
         xp = array_module(param)
         return xp.tile(xp.reshape(param, (self.period, -1)), ((stop - start) // self.period, 1))
 
-    def sum_over_rows(self, d: Array) -> Array:
+    def sum_over_rows(self, d: Array) -> Any:
         """Return the sum over the rows of x in a block."""
         xp = array_module(d)
         return xp.sum(xp.reshape(d, (-1, self.period, d.shape[1])), axis=0)
@@ -187,7 +188,7 @@ class Samples(Features):
         self.rows_of_sample = math.prod(x.shape[1:-1])
         self.samples = x.shape[0]
 
-    def param_to_rows(self, param: Array, start: int, stop: int) -> Array:
+    def param_to_rows(self, param: Array, start: int, stop: int) -> Any:
         """Return the parameters of each row's sample, of shape (rows, features)."""
         each = self.rows_of_sample
         if each == 0:
@@ -196,11 +197,11 @@ class Samples(Features):
         repeated = array_module(param).repeat(param[first:last, ...], each, axis=0)
         return repeated[start - first * each : stop - first * each, ...]
 
-    def sum_over_rows(self, d: Array) -> Array:
+    def sum_over_rows(self, d: Array) -> Any:
         """Return the rows: each block may end within a sample."""
         return d
 
-    def to_param(self, total: Array, param: Array) -> Array:
+    def to_param(self, total: Array, param: Array) -> Any:
         """Return the sum over the rows of each sample."""
         xp = array_module(param)
         return xp.sum(xp.reshape(total, (self.samples, self.rows_of_sample, param.shape[1])), axis=1)
@@ -227,7 +228,7 @@ class Channels(Layout):
         """Return what a message between ranks is about."""
         return f"{self.layer} of {self.size(rows)} elements in a group"
 
-    def to_rows(self, x: Array) -> Array:
+    def to_rows(self, x: Array) -> Any:
         """Return `x` in the shape (N groups, channels of a group, space)."""
         groups = self.local_groups or x.shape[1]
         shape = (x.shape[0] * groups, x.shape[1] // groups, math.prod(x.shape[2:]))
@@ -237,18 +238,18 @@ class Channels(Layout):
         """Return how many elements a group has, over all ranks that share it."""
         return self.local_size(rows) if self.local else self.local_size(rows) * self.group.size // self.groups
 
-    def param_to_rows(self, param: Array, start: int, stop: int) -> Array:
+    def param_to_rows(self, param: Array, start: int, stop: int) -> Any:
         """Return the parameters of each row's group, of shape (rows, channels of a group, 1)."""
         xp, groups = array_module(param), self.local_groups or param.shape[0]
         first = start // groups
         repeated = xp.tile(xp.reshape(param, (groups, -1, 1)), (-(-stop // groups) - first, 1, 1))
         return repeated[start - first * groups : stop - first * groups, ...]
 
-    def sum_over_rows(self, d: Array) -> Array:
+    def sum_over_rows(self, d: Array) -> Any:
         """Return the sum over the space, for each channel of each row."""
         return array_module(d).sum(d, axis=-1)
 
-    def to_param(self, total: Array, param: Array) -> Array:
+    def to_param(self, total: Array, param: Array) -> Any:
         """Return the sum over the batch."""
         xp = array_module(param)
         return xp.sum(xp.reshape(total, (-1, param.shape[0])), axis=0)
@@ -258,14 +259,14 @@ class Channels(Layout):
         """The group of channels, of all groups, that this rank has a part of."""
         return self.group.rank * self.groups // self.group.size
 
-    def to_message(self, numbers: Array) -> Array:
+    def to_message(self, numbers: Array) -> Any:
         """Return the numbers in the slot of this rank's group of channels, and zeros in those of the others."""
         if self.local:
             return numbers
         xp = array_module(numbers)
         return xp.stack([numbers if i == self._slot else xp.zeros_like(numbers) for i in range(self.groups)])
 
-    def from_message(self, numbers: Array) -> Array:
+    def from_message(self, numbers: Array) -> Any:
         """Return the numbers in the slot of this rank's group of channels."""
         return numbers if self.local else numbers[self._slot, ...]
 
@@ -279,25 +280,25 @@ class Batch(Layout):
     per_channel = True
     row_is_channel = True
 
-    def to_rows(self, x: Array) -> Array:
+    def to_rows(self, x: Array) -> Any:
         """Return `x` in the shape (C, N, space), without moving it in memory."""
         xp, space = array_module(x), math.prod(x.shape[2:])
         return xp.moveaxis(xp.reshape(contiguous(x), (x.shape[0], x.shape[1], space)), 1, 0)
 
-    def from_rows(self, rows: Array, x: Array) -> Array:
+    def from_rows(self, rows: Array, x: Array) -> Any:
         """Return rows in the shape of `x`."""
         xp = array_module(x)
         return xp.reshape(contiguous(xp.moveaxis(rows, 0, 1)), x.shape)
 
-    def param_to_rows(self, param: Array, start: int, stop: int) -> Array:
+    def param_to_rows(self, param: Array, start: int, stop: int) -> Any:
         """Return one number for each row, of shape (rows, 1, 1)."""
         return array_module(param).reshape(param, (-1, 1, 1))[start:stop, ...]
 
-    def sum_over_rows(self, d: Array) -> Array:
+    def sum_over_rows(self, d: Array) -> Any:
         """Return the sum over each row; a gradient that is one number for each row is complete."""
         xp = array_module(d)
         return xp.sum(xp.reshape(d, (d.shape[0], -1)), axis=-1)
 
-    def to_param(self, total: Array, param: Array) -> Array:
+    def to_param(self, total: Array, param: Array) -> Any:
         """Return the rows' sums in the shape of `param`."""
         return array_module(param).reshape(total, param.shape)

@@ -94,7 +94,7 @@ class OtherModules:
 
     # Exactly.
 
-    def _exact_forward(self, x: Array, params: list[Any], constants: Any) -> tuple[Array, tuple[Any, ...]]:
+    def _exact_forward(self, x: Any, params: list[Any], constants: Any) -> tuple[Array, tuple[Any, ...]]:
         float64 = array_module(x).float64
         given = [*_in(float64, params), *constants]
         values, statistics, _ = self.exact.forward([contiguous(x, float64)], given, True, {"x": x})
@@ -102,11 +102,11 @@ class OtherModules:
 
     def _exact_backward(
         self,
-        arrays: tuple[Array | None, ...],
+        arrays: tuple[Any, ...],
         params: list[Any],
         statistics: tuple[Any, ...],
         there: list[bool],
-    ) -> tuple[Array, list[Array]]:
+    ) -> tuple[Any, list[Any]]:
         """Return dx in float64, and the sums for the parameters."""
         float64 = array_module(arrays[0]).float64
         dy, x, *plus = (contiguous(a, float64) for a in arrays if a is not None)

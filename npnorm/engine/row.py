@@ -73,7 +73,7 @@ class Row:
         return self.centred.c, self.centred.mean, self.centred.var
 
     @property
-    def n(self) -> Array:
+    def n(self) -> Any:
         """How many elements each row has, over all ranks, once it is centred: ranks may hold different numbers."""
         if self.centred is None:
             raise RuntimeError("the rows are not centred yet")
@@ -147,7 +147,7 @@ class Absent(float):
     __array_ufunc__ = None  # NumPy and CuPy leave the operators to this class
     ndim, shape = 0, ()
 
-    def __mul__(self, other: Array) -> Array:
+    def __mul__(self, other: Any) -> Any:
         return other
 
     __rmul__ = __add__ = __radd__ = __mul__

@@ -119,13 +119,13 @@ class Rows:
 
     def forward(
         self,
-        x: Array,
-        params: dict[str, Array],
+        x: Any,
+        params: dict[str, Any],
         *others: Array,
         constants: tuple[Array, ...] = (),
-        out: Array | None = None,
+        out: Any = None,
         check: Callable[..., None] = lambda **arrays: None,
-    ) -> tuple[Array, tuple[Any, ...], Array | None]:
+    ) -> tuple[Any, tuple[Any, ...], Any]:
         """Evaluate the forward formula on all rows.
 
         Parameters
@@ -177,17 +177,17 @@ class Rows:
 
     def backward(
         self,
-        dy: Array,
-        x: Array,
-        params: dict[str, Array],
+        dy: Any,
+        x: Any,
+        params: dict[str, Any],
         statistics: tuple[Any, ...],
         exponent: Array | None,
         *others: Array,
         plus: Array | None = None,
         rounded: bool = True,
-        out: Array | None = None,
+        out: Any = None,
         check: Callable[..., None] = lambda **arrays: None,
-    ) -> tuple[Any, dict[str, Array]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Evaluate the backward formula, which is linear in dy, on all rows.
 
         With `others` it returns a tuple: dx, and a gradient for each of them. `plus`, of the shape of x, is added to dx
@@ -202,7 +202,7 @@ class Rows:
         """
         known = self._known.find("dy", x, params) if exponent is None and plus is None and not others else None
         if known is not None and is_like(dy, x, statistics, known[0][0]):
-            found = self._small_backward(known, dy, x, params, statistics, rounded, out)
+            found: Any = self._small_backward(known, dy, x, params, statistics, rounded, out)
             if found is not None:
                 return found
         check(dy=dy, x=x)
@@ -239,8 +239,8 @@ class Rows:
         params: dict[str, Array],
         statistics: tuple[Any, ...],
         rounded: bool,
-        out: Array | None,
-    ) -> tuple[Array, dict[str, Array]] | None:
+        out: Any,
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Return what backward does, for arrays that passed all checks; None where something else needs a check."""
         if out is not None and not can_write_to(out, x, dy, *params.values()):
             return None
@@ -311,7 +311,7 @@ class Rows:
         levels = self.levels if array_module(rows[0]) is np else self.other_modules
         found = [Gradients(self.layout.adds) for _ in tasks]
 
-        def evaluate(s: slice) -> list[Array]:
+        def evaluate(s: slice) -> list[Any]:
             arrays, of_plus = [a[s, ...] for a in rows], None if plus is None else plus[s, ...]
             given = change(lambda a: a[s, ...], statistics)
             if level is not None:
@@ -428,8 +428,8 @@ class Rows:
     # What comes out.
 
     def _grads(
-        self, sums: list[Array], params: dict[str, Array], rounded: bool, power: float = 1.0
-    ) -> dict[str, Array] | None:
+        self, sums: list[Any], params: dict[str, Any], rounded: bool, power: float = 1.0
+    ) -> dict[str, Any] | None:
         """Return the gradients of the parameters, times a power of two; None if the range may have been left."""
         grads = {}
         for name, total in zip([name for name in self.formula.params if name in params], sums, strict=True):

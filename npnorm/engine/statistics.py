@@ -20,16 +20,16 @@ from npnorm.tree import show_shapes
 class Mean(NamedTuple):
     """The mean of each row, to twice the digits of an array: a rounded number, and what rounding left."""
 
-    high: Array
-    low: Array
+    high: Any
+    low: Any
 
 
 class Centred(NamedTuple):
     """Rows without their mean."""
 
-    c: Array  # x - mean(x)
+    c: Any  # x - mean(x)
     mean: Mean
-    var: Array  # mean(c^2)
+    var: Any  # mean(c^2)
     n: Any  # the elements of a row, over all ranks
 
 

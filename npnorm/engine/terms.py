@@ -280,7 +280,8 @@ class Block:
                 arrays.insert(0, term)  # one with a column is written first
         square = None if dz is None or _same(dz, arrays[0]) else self.sum_of_rows(dz * dz)
         steps: list[tuple[Any, ...]] = []  # ufunc, operands, result
-        total = into = square_of = None
+        total: Any = None
+        into = square_of = None
         for i, (row, column, a, b) in enumerate(arrays):
             array, once = self.product(a, b), not any(t[2] is a and t[3] is b for t in arrays[i + 1 :])
             target = None
@@ -321,7 +322,7 @@ class Block:
         return factor.astype(np.float32) if self.per_channel and self.work == np.float32 else factor
 
 
-def _over_channels(part: Array, row: Any) -> Array:
+def _over_channels(part: Any, row: Any) -> Any:
     """Return the sum over the channels of sums times numbers; numbers for the row come after the sum."""
     if row is not None and np.ndim(row) and row.shape[1] > 1:
         return np.add.reduce(part * row, axis=1, keepdims=True)
@@ -372,7 +373,7 @@ class BlockRow:
         return c, self.centred.mean, var
 
     @property
-    def n(self) -> Array:
+    def n(self) -> Any:
         """How many elements each row has."""
         return np.full((self.block.shape[0], *[1] * (self.block.out.ndim - 1)), float(self.size))
 
@@ -411,7 +412,7 @@ class Cancelling(NamedTuple):
     """A dx that may be a small difference of large terms."""
 
     dz: Terms
-    left: Array  # |dz|^2 + left is |dx / rstd|^2
+    left: Any  # |dz|^2 + left is |dx / rstd|^2
     share: Callable[..., Array]  # of (eps, rstd): 1 - mean(z^2)
 
 

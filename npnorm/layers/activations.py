@@ -14,7 +14,7 @@ SiLU: Stefan Elfwing, Eiji Uchibe and Kenji Doya, "Sigmoid-Weighted Linear Units
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,12 +97,12 @@ class GELU:
     def __repr__(self) -> str:
         return "GELU()"
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
+    def forward(self, x: Array) -> tuple[Any, Saved]:
         """Return y of the shape of x."""
         y, t = elementwise(gelu, x)
         return y, Saved(x, t)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: Array, saved: Saved) -> tuple[Any, dict[str, Array]]:
         """Return dx, and no gradients."""
         (dx,) = elementwise(gelu_backward, dy, *saved)
         return dx, {}
@@ -125,12 +125,12 @@ class SiLU:
     def __repr__(self) -> str:
         return "SiLU()"
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
+    def forward(self, x: Array) -> tuple[Any, Saved]:
         """Return y of the shape of x."""
         y, s = elementwise(silu, x)
         return y, Saved(x, s)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: Array, saved: Saved) -> tuple[Any, dict[str, Array]]:
         """Return dx, and no gradients."""
         (dx,) = elementwise(silu_backward, dy, *saved)
         return dx, {}

@@ -111,7 +111,7 @@ class Attention:
         heads = {"heads": kv_heads * self.shared_by, "kv_heads": kv_heads if self.shared_by > 1 else None}
         return summary("Attention", self.params, **heads, rotary=self.rotary, group=self.group)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
+    def forward(self, x: Array) -> tuple[Any, Saved]:
         """Return y of the shape of x: (batch, length, width)."""
         hand_down(self.params, {"o_proj": self.o})
         with errors_on_all_ranks(self.group):
@@ -132,7 +132,7 @@ class Attention:
         y, save_o = self.o.forward(o)
         return y, Saved(save_qkv, turns, q, k, v, p, save_o)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, Tree]:
+    def backward(self, dy: Array, saved: Saved) -> tuple[Any, Tree]:
         """Return dx, and the gradients of this rank's shards."""
         hand_down(self.params, {"o_proj": self.o})
         check_saved("Attention", saved, Saved)

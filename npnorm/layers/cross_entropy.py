@@ -13,7 +13,7 @@ On a group the vocabulary is split. Communicated: forward one max, and one sum o
 exponentials, and the logit of its target from the rank that holds it); nothing backward. The loss is replicated.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class CrossEntropy:
     def __repr__(self) -> str:
         return summary("CrossEntropy", group=self.group)
 
-    def forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
+    def forward(self, logits: Array, targets: Array) -> tuple[Any, Saved]:
         """Return the loss, without axes, for logits of shape (..., vocabulary) and targets of shape (...)."""
         with errors_on_all_ranks(self.group):
             xp = array_module(logits)

@@ -8,7 +8,7 @@ On a group the rows of the token table are split. A rank looks up the ids that i
 the sum over the ranks is x. Communicated: one sum forward, nothing backward.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from npnorm.arrays import Array, array_module
 from npnorm.checks import check_ids, check_module, check_saved, check_width, require_same_settings
@@ -56,7 +56,7 @@ class Embedding:
     def __repr__(self) -> str:
         return summary("Embedding", self.params, group=self.group)
 
-    def forward(self, ids: Array) -> tuple[Array, Saved]:
+    def forward(self, ids: Array) -> tuple[Any, Saved]:
         """Return x of shape (..., width) for integers of shape (...)."""
         w = self.params["weight"]
         held = w.shape[0]
@@ -100,7 +100,7 @@ class Positions:
     def __repr__(self) -> str:
         return summary("Positions", self.params)
 
-    def forward(self, x: Array) -> tuple[Array, None]:
+    def forward(self, x: Array) -> tuple[Any, None]:
         """Return y of the shape of x: (batch, length, width)."""
         w = self.params["weight"]
         check_width("Positions", x, w.shape[1])
@@ -108,7 +108,7 @@ class Positions:
             raise ValueError(f"Positions: x has {x.shape[-2]} positions, the table {w.shape[0]}. Shorten the input.")
         return x + w[: x.shape[-2], :], None
 
-    def backward(self, dy: Array, saved: None) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: Array, saved: None) -> tuple[Any, dict[str, Array]]:
         """Return dx, and the gradient of the table."""
         xp = array_module(dy)
         length = dy.shape[-2]

@@ -5,6 +5,7 @@ each function here is the plain operation: on a GPU a block would be a launch, a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def add_into(a: Array, b: Array) -> Array:
     return a
 
 
-def elementwise(formula: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+def elementwise(formula: Callable[..., tuple[Array, ...]], *arrays: Any) -> tuple[Any, ...]:
     """Evaluate `formula(*arrays) -> tuple`, which treats each element by itself, on arrays of one shape.
 
     Examples
@@ -75,7 +76,7 @@ def in_blocks(work: Callable[..., None], size: int, *arrays: Array) -> None:
         parallel_for(lambda i: work(*(a[i * step : (i + 1) * step] for a in arrays)), -(-count // step))
 
 
-def sum_at(rows: Array, x: Array, count: int) -> Array:
+def sum_at(rows: Any, x: Any, count: int) -> Array:
     """Return, for each number below `count`, the sum of the rows of `x` where `rows` has it; others are passed over.
 
     `rows` is of one axis. The sum is the product with one-hot rows. NumPy sorts and adds instead: the one-hot rows are

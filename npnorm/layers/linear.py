@@ -16,7 +16,7 @@ of x: its products are partial, their sum over the group is y, and b is added on
 Mohammad Shoeybi et al., "Megatron-LM", 2019, arXiv:1909.08053, section 3.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from npnorm.arrays import Array, array_module, describe
 from npnorm.checks import check_input, check_module, check_saved, check_width, require_same_settings
@@ -61,7 +61,7 @@ class Linear:
     """
 
     def __init__(self, weight: Array, bias: Array | None = None, *, group: Group = SOLO) -> None:
-        self.params = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        self.params: dict[str, Any] = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         self.shards = {name: None if name == "bias" or isinstance(group, Solo) else 1 for name in self.params}
         self.group = group
         with errors_on_all_ranks(group):
@@ -74,7 +74,7 @@ class Linear:
     def __repr__(self) -> str:
         return summary("Linear", self.params, group=self.group)
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
+    def forward(self, x: Array) -> tuple[Any, Saved]:
         """Return y of shape (..., outputs) for x of shape (..., inputs)."""
         w, b = self.params["weight"], self.params.get("bias")
         with errors_on_all_ranks(self.group):
@@ -82,7 +82,7 @@ class Linear:
         y = self.group.sum(_times(x, w.T), label="Linear")
         return (y if b is None else add_into(y, b)), Saved(x)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: Array, saved: Saved) -> tuple[Any, dict[str, Array]]:
         """Return dx, and the gradients of weight and bias."""
         w = self.params["weight"]
         with errors_on_all_ranks(self.group):

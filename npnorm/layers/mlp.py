@@ -60,7 +60,7 @@ class MLP:
     def __repr__(self) -> str:
         return summary("MLP", self.params, group=self.group)
 
-    def forward(self, x: Array) -> tuple[Array, SavedMLP]:
+    def forward(self, x: Array) -> tuple[Any, SavedMLP]:
         """Return y of the shape of x: (..., width)."""
         hand_down(self.params, self.linears)
         with errors_on_all_ranks(self.group):
@@ -70,7 +70,7 @@ class MLP:
         y, down = self.down.forward(a)
         return y, SavedMLP(up, gelu, down)
 
-    def backward(self, dy: Array, saved: SavedMLP) -> tuple[Array, Tree]:
+    def backward(self, dy: Array, saved: SavedMLP) -> tuple[Any, Tree]:
         """Return dx, and the gradients of this rank's shards."""
         hand_down(self.params, self.linears)
         check_saved("MLP", saved, SavedMLP)
@@ -119,7 +119,7 @@ class SwiGLU:
     def __repr__(self) -> str:
         return summary("SwiGLU", self.params, group=self.group)
 
-    def forward(self, x: Array) -> tuple[Array, SavedSwiGLU]:
+    def forward(self, x: Array) -> tuple[Any, SavedSwiGLU]:
         """Return y of the shape of x: (..., width)."""
         hand_down(self.params, self.linears)
         with errors_on_all_ranks(self.group):
@@ -130,7 +130,7 @@ class SwiGLU:
         y, down = self.down.forward(a)
         return y, SavedSwiGLU(gate, up, down, g, s, h)
 
-    def backward(self, dy: Array, saved: SavedSwiGLU) -> tuple[Array, Tree]:
+    def backward(self, dy: Array, saved: SavedSwiGLU) -> tuple[Any, Tree]:
         """Return dx, and the gradients of this rank's shards."""
         hand_down(self.params, self.linears)
         check_saved("SwiGLU", saved, SavedSwiGLU)

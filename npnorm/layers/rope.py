@@ -13,7 +13,7 @@ same up to the order of the features.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Rotary:
     def __repr__(self) -> str:
         return f"Rotary(base={self.base})"
 
-    def forward(self, x: Array) -> tuple[Array, Saved]:
+    def forward(self, x: Array) -> tuple[Any, Saved]:
         """Return y of the shape of x."""
         if x.ndim < 2 or x.shape[-1] % 2:
             raise ValueError(
@@ -67,7 +67,7 @@ class Rotary:
         cos, sin = (from_numpy(table, x) for table in _tables(length, d, self.base, real))
         return _turn(x, cos, sin), Saved(cos, sin)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: Array, saved: Saved) -> tuple[Any, dict[str, Array]]:
         """Return dx, and no gradients."""
         return _turn(dy, saved.cos, -saved.sin), {}
 

@@ -93,7 +93,7 @@ class AdaptiveNorm(Norm):
         self.params = {}
         self._set(norm=norm, group=norm.group, formula=formula, shards={})
 
-    def forward(self, x: Array, scale: Array, shift: Array) -> tuple[Array, Saved]:
+    def forward(self, x: Array, scale: Array, shift: Array) -> tuple[Any, Saved]:
         """Return y of the shape and dtype of x, and what backward needs.
 
         Parameters
@@ -105,7 +105,7 @@ class AdaptiveNorm(Norm):
         y, statistics, exponent = self._rows(condition, x=x).forward(x, condition)
         return y, Saved(x, scale, shift, statistics, exponent)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
+    def backward(self, dy: Array, saved: Saved) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
         """Return (dx, dscale, dshift), of the shapes and dtypes of x, scale and shift; there are no parameters."""
         checks.check_saved("AdaptiveNorm", saved, Saved, self.group)
         x, scale, shift, statistics, exponent = saved

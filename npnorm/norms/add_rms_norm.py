@@ -15,16 +15,18 @@ The residual connection passes by the norm: norm' takes dy alone. On a group the
 communicated is what RMSNorm communicates.
 """
 
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 
 from npnorm import arrays, checks
 from npnorm.arrays import Array
 from npnorm.group import errors_on_all_ranks
-from npnorm.norms.cast_rms_norm import CastRMSNorm
-from npnorm.norms.norm import Norm
-from npnorm.norms.rms_norm import RMSNorm, Saved
+from npnorm.norms import cast_rms_norm, rms_norm
+from npnorm.norms.norm import Norm, OfSums
+
+Saved = rms_norm.Saved
+"""What backward needs of forward."""
 
 
 class AddRMSNorm(Norm):
@@ -43,21 +45,22 @@ class AddRMSNorm(Norm):
     (array([[0.2, 1.4]]), array([[1., 7.]]))
     """
 
-    norm: RMSNorm | CastRMSNorm
+    norm: rms_norm.RMSNorm | cast_rms_norm.CastRMSNorm
 
     def __init__(
         self, weight: Array | None = None, bias: Array | None = None, eps: float = 1e-6, **settings: Any
     ) -> None:
-        norm = (CastRMSNorm if "cast" in settings else RMSNorm)(weight, bias, eps, **settings)
+        kind = cast_rms_norm.CastRMSNorm if "cast" in settings else rms_norm.RMSNorm
+        norm = kind(weight, bias, eps, **settings)
         self.params = norm.params
         self._set(norm=norm, eps=norm.eps, group=norm.group, compute=norm.compute, shards=norm.shards)
 
     @classmethod
-    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Any) -> Self:
+    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[OfSums]) -> Self:
         """Return the norm that multiplies by 1, without a bias."""
         return cls(np.full(features, 1 - settings.get("offset", 0), dtype), **settings)
 
-    def forward(self, x: Array, residual: Array) -> tuple[tuple[Array, Array], Saved]:
+    def forward(self, x: Array, residual: Array) -> tuple[tuple[Any, Any], Saved]:
         """Return (y, h), both of the shape and dtype of x, and what backward needs; h is rounded, then normalized."""
         self._check(residual=residual, x=x)
         with np.errstate(all="ignore"):
@@ -65,7 +68,7 @@ class AddRMSNorm(Norm):
         y, (rstd,), exponent = self.norm.rows.forward(h, self.params)
         return (y, h), Saved(h, rstd, exponent)
 
-    def backward(self, dy: Array, dh: Array, saved: Saved) -> tuple[tuple[Array, Array], dict[str, Array]]:
+    def backward(self, dy: Array, dh: Array, saved: Saved) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """Return (dx, dresidual), which are equal, and the gradients of the parameters."""
         checks.check_saved("AddRMSNorm", saved, Saved, self.group)
         h, rstd, exponent = saved

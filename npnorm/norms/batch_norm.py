@@ -34,13 +34,13 @@ A group of ranks splits the batch, equally or not: synchronized batch normalizat
 travel in one gather and are merged, see `npnorm.engine.statistics`. Backward, dw and db are one sum, and complete.
 """
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from npnorm.arrays import Array, sqrt
+from npnorm.arrays import AnyArray, Array, sqrt
 from npnorm.engine import Mean, Row, accurate_where_dx_cancels
-from npnorm.norms.running import Common, Formula, RunningNorm
+from npnorm.norms import running
 
 
 class Saved(NamedTuple):
@@ -97,7 +97,7 @@ def inference_backward(row: Row, dy: Array, x: Array, w: Array, mean: Array, rst
     return dx, dw, db
 
 
-class BatchNorm(RunningNorm):
+class BatchNorm(running.RunningNorm[Saved]):
     """Give each channel mean 0 and variance 1 over the batch and all space.
 
     Parameters
@@ -140,8 +140,8 @@ class BatchNorm(RunningNorm):
     array([0.2])
     """
 
-    formula = Formula(forward, backward, Saved)
-    by_running_statistics = Formula(inference, inference_backward, SavedInference)
+    formula = running.Formula(forward, backward, Saved)
+    by_running_statistics = running.Formula(inference, inference_backward, SavedInference)
 
     def __init__(
         self,
@@ -153,11 +153,11 @@ class BatchNorm(RunningNorm):
         running_mean: Array | None = None,
         running_var: Array | None = None,
         batches: int = 0,
-        **settings: Unpack[Common],
+        **settings: Unpack[running.Common],
     ) -> None:
         super().__init__(weight, bias, eps, momentum, running_mean, running_var, batches, settings)
 
-    def inference(self, x: Array, *, out: Array | None = None) -> tuple[Array, SavedInference]:
+    def inference(self, x: AnyArray, *, out: Array | None = None) -> tuple[AnyArray, SavedInference]:
         """Return y by the running statistics, and what backward needs; nothing is communicated; y goes to `out`."""
         self._check(x=x)
         mean, var = self.known()
@@ -166,8 +166,8 @@ class BatchNorm(RunningNorm):
         return y, SavedInference(x, mean, rstd)
 
     def backward(
-        self, dy: Array, saved: Saved | SavedInference, *, out: Array | None = None
-    ) -> tuple[Array, dict[str, Array]]:
+        self, dy: AnyArray, saved: Saved | SavedInference, *, out: Array | None = None
+    ) -> tuple[AnyArray, dict[str, Any]]:
         """Return dx, of the shape and dtype of x, and the complete gradients of the parameters; dx goes to `out`."""
         if not isinstance(saved, SavedInference):
             return super().backward(dy, saved, out=out)

@@ -78,7 +78,7 @@ def order(layer: str, cast: str | None, group: Group) -> Formula:
     return ORDERS[cast]
 
 
-class CastRMSNorm(norm.FeatureNorm):
+class CastRMSNorm(norm.FeatureNorm[Saved]):
     """RMSNorm, rounded where a model rounds.
 
     Parameters
@@ -105,7 +105,7 @@ class CastRMSNorm(norm.FeatureNorm):
     olmo2 1.9248046875
     """
 
-    cast: str | None
+    cast: norm.Cast
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class CastRMSNorm(norm.FeatureNorm):
         bias: Array | None = None,
         eps: float = 1e-6,
         *,
-        cast: str | None,
+        cast: norm.Cast,
         offset: float = 0,
         **settings: Unpack[norm.Settings],
     ) -> None:

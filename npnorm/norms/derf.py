@@ -22,7 +22,7 @@ alpha and s. The error function is SciPy's.
 """
 
 import math
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class Derf(elementwise.Elementwise):
         super().__init__({"alpha": alpha, "shift": shift}, weight, bias, **settings)
 
     @classmethod
-    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Any) -> Self:
+    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[Common]) -> Self:
         """Return the layer with the paper's alpha of 0.5 and shift of 0, a weight of ones and a bias of zeros."""
         numbers = np.full(1, 0.5, dtype), np.zeros(1, dtype)
         return cls(*numbers, np.ones(features, dtype), np.zeros(features, dtype), **settings)

@@ -20,7 +20,7 @@ It is not a norm: no element sees another. So nothing is communicated when the f
 group, but one number backward, since alpha is the same on every rank and its gradient complete.
 """
 
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 
@@ -81,6 +81,6 @@ class DyT(elementwise.Elementwise):
         super().__init__({"alpha": alpha}, weight, bias, **settings)
 
     @classmethod
-    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Any) -> Self:
+    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[Common]) -> Self:
         """Return the layer with the paper's alpha of 0.5, a weight of ones and a bias of zeros."""
         return cls(np.full(1, 0.5, dtype), np.ones(features, dtype), np.zeros(features, dtype), **settings)

@@ -1,9 +1,9 @@
 """What DyT and Derf share: parameters, checks, and a gradient that the ranks of a group add. No mathematics."""
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from npnorm import checks, engine
-from npnorm.arrays import Array, round_to
+from npnorm.arrays import AnyArray, Array, round_to
 from npnorm.norms.norm import Common, Norm
 
 
@@ -48,12 +48,12 @@ class Elementwise(Norm):
         shards = dict.fromkeys(numbers) | dict.fromkeys(affine, self._axis(axes - 1))
         self._set(axes=axes, numbers=tuple(numbers), shards=shards, rows=rows)
 
-    def forward(self, x: Array, *, out: Array | None = None) -> tuple[Array, Saved]:
+    def forward(self, x: AnyArray, *, out: Array | None = None) -> tuple[AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`."""
         y, _, _ = self.rows.forward(x, self.params, out=out, check=self._check)
         return y, Saved(x)
 
-    def backward(self, dy: Array, saved: Saved, *, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: AnyArray, saved: Saved, *, out: Array | None = None) -> tuple[AnyArray, dict[str, Any]]:
         """Return dx, of the shape and dtype of x, and the complete gradients of the parameters; dx goes to `out`."""
         layer, params = type(self).__name__, self.params
         checks.check_saved(layer, saved, Saved, self.group)

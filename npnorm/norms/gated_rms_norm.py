@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Self, Unpack
 import numpy as np
 
 from npnorm import checks, engine
-from npnorm.arrays import Array, sigmoid
+from npnorm.arrays import AnyArray, Array, sigmoid
 from npnorm.norms import gate_before_norm, norm, rms_norm
 
 
@@ -121,17 +121,17 @@ class GatedRMSNorm(norm.Norm):
         self._set(shards=dict.fromkeys(self.params, self._axis(0)))
 
     @classmethod
-    def init(cls, features: int, dtype: str = "float32", **settings: Any) -> Self:
+    def init(cls, features: int, dtype: str = "float32", **settings: Unpack[norm.OfGates]) -> Self:
         """Return the norm with a weight of ones."""
         return cls(np.ones(features, dtype), **settings)
 
-    def forward(self, x: Array, gate: Array) -> tuple[Array, Saved]:
+    def forward(self, x: AnyArray, gate: Array) -> tuple[AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
         self._check(gate=gate, x=x)
         y, (rstd,), exponent = self.rows[self.norm_before_gate].forward(x, self.params, gate)
         return y, Saved(x, gate, self.norm_before_gate, rstd, exponent)
 
-    def backward(self, dy: Array, saved: Saved) -> tuple[tuple[Array, Array], dict[str, Array]]:
+    def backward(self, dy: AnyArray, saved: Saved) -> tuple[tuple[AnyArray, Any], dict[str, Any]]:
         """Return (dx, dgate), of the shapes and dtypes of x and gate, and the gradient of the weight, in its dtype."""
         checks.check_saved("GatedRMSNorm", saved, Saved, self.group)
         x, gate, norm_before_gate, rstd, exponent = saved

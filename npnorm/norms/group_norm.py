@@ -41,7 +41,7 @@ class Saved(NamedTuple):
     exponent: Array | None  # rows whose squares overflow were divided by 2^exponent; None: there were none
 
 
-class GroupNorm(norm.ChannelNorm):
+class GroupNorm(norm.ChannelNorm[Saved]):
     """Give each group of channels mean 0 and variance 1, sample by sample.
 
     Parameters
@@ -89,7 +89,9 @@ class GroupNorm(norm.ChannelNorm):
         self._set(groups=groups, rows=Rows(Channels("GroupNorm", group, groups), self.formula, eps, self.compute))
 
     @classmethod
-    def init(cls, groups: int, channels: int, dtype: str = "float32", **settings: Any) -> Self:  # type: ignore[override]
+    def init(  # type: ignore[override]
+        cls, groups: int, channels: int, dtype: str = "float32", **settings: Unpack[norm.WithEps]
+    ) -> Self:
         """Return the norm with a weight of ones and a bias of zeros."""
         return cls(groups, np.ones(channels, dtype), np.zeros(channels, dtype), **settings)
 

@@ -11,11 +11,10 @@ from npnorm import checks
 from npnorm.arrays import Array
 from npnorm.engine import Channels, Rows
 from npnorm.group import SOLO
-from npnorm.norms.group_norm import GroupNorm
-from npnorm.norms.norm import ChannelNorm, Common
+from npnorm.norms import group_norm, norm
 
 
-class InstanceNorm(ChannelNorm):
+class InstanceNorm(norm.ChannelNorm[group_norm.Saved]):
     """Give each channel of each sample mean 0 and variance 1 over its space.
 
     Parameters
@@ -41,14 +40,14 @@ class InstanceNorm(ChannelNorm):
             [-1.,  1.]]])
     """
 
-    formula = GroupNorm.formula
+    formula = group_norm.GroupNorm.formula
 
     def __init__(
         self,
         weight: Array | None = None,
         bias: Array | None = None,
         eps: float = 1e-5,
-        **settings: Unpack[Common],
+        **settings: Unpack[norm.Common],
     ) -> None:
         group = self._set_channels(weight, bias, eps, settings)
         layout = Channels("InstanceNorm", SOLO, None)

@@ -17,9 +17,9 @@ Beware of the name. The classes Llama4TextL2Norm of the library transformers and
 root mean square; that is `RMSNorm` without a weight, sqrt(n) times this.
 """
 
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
-from npnorm.norms.norm import Settings
+from npnorm.norms.norm import OfRows, Settings
 from npnorm.norms.scale_norm import ScaleNorm
 
 
@@ -50,6 +50,6 @@ class L2Norm(ScaleNorm):
         super().__init__(None, eps, **settings)
 
     @classmethod
-    def init(cls, features: int | None = None, dtype: str = "float32", **settings: Any) -> Self:
+    def init(cls, features: int | None = None, dtype: str = "float32", **settings: Unpack[OfRows]) -> Self:
         """Return the norm, which has no parameters, whatever the features and their dtype."""
         return cls(**settings)

@@ -60,7 +60,7 @@ def backward(row: Row, dy: Array, x: Array, w: Array, mean: Mean, rstd: Array) -
     return dx, dy * z, dy
 
 
-class LayerNorm(FeatureNorm):
+class LayerNorm(FeatureNorm[Saved]):
     """Give each row mean 0 and variance 1: y = (x - mean(x)) / sqrt(var(x) + eps) w + b.
 
     Parameters

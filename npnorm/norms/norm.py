@@ -4,12 +4,12 @@ A page brings the formula: `forward(row, x, w, b) -> y, statistics` and `backwar
 db`, where dw and db are still to be summed over the rows; and `Saved`, whose fields are x, the statistics, exponent.
 """
 
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 
 from npnorm import checks
-from npnorm.arrays import Array, describe
+from npnorm.arrays import AnyArray, Array, describe
 from npnorm.engine import FORMS, Features, Formula, Rows
 from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
 from npnorm.tree import leaves, show_shapes
@@ -20,6 +20,9 @@ Compute = Literal["float64", "float32"] | None
 
 Statistics = Literal["two-pass", "packed", "gathered"]
 """How the ranks of a group find mean and variance: see `npnorm.engine.statistics`."""
+
+Cast = Literal["llama", "olmo2", "gemma"] | None
+"""Where a product with a weight is rounded: see `npnorm.norms.cast_rms_norm`."""
 
 
 class Common(TypedDict, total=False):
@@ -34,6 +37,62 @@ class Settings(Common, total=False):
 
     axes: int | None
     features: int | tuple[int, ...] | None
+
+
+class WithEps(Common, total=False):
+    """What the `init` of every norm hands on."""
+
+    eps: float
+
+
+class OfRows(WithEps, total=False):
+    """What `init` of a norm over features hands on."""
+
+    axes: int | None
+
+
+class OfWeights(OfRows, total=False):
+    """The same, for norms with a weight: each takes its part of it."""
+
+    offset: float
+    statistics: Statistics
+    p: float
+    cast: Cast
+
+
+class OfSums(OfRows, total=False):
+    """The same, for `AddRMSNorm`."""
+
+    offset: float
+    cast: Cast
+
+
+class OfHeads(WithEps, total=False):
+    """The same, for `QKNorm`."""
+
+    full_width: bool
+    offset: float
+    cast: Cast
+
+
+class OfGates(WithEps, total=False):
+    """The same, for `GatedRMSNorm`."""
+
+    groups: int
+    norm_before_gate: bool
+
+
+class OfChannels(WithEps, total=False):
+    """The same, for norms of channels: each takes its part of it."""
+
+    momentum: float | None
+    running_mean: Array | None
+    running_var: Array | None
+    batches: int
+
+
+Saved = TypeVar("Saved")
+"""What forward saves for backward."""
 
 
 class Norm:
@@ -55,6 +114,7 @@ class Norm:
     compute: Compute = None
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         for value in vars(cls).values():
             saved = value.saved if isinstance(value, Formula) else value
             if isinstance(saved, type) and issubclass(saved, tuple):
@@ -97,7 +157,7 @@ class Norm:
         return f"{type(self).__name__}({', '.join(arrays + settings)})"
 
 
-class RowNorm(Norm):
+class RowNorm(Norm, Generic[Saved]):
     """A norm of the rows of one array: the two public methods.
 
     A class sets `params`, `shards`, `rows` and its settings, and has the formula and `_check`.
@@ -107,15 +167,16 @@ class RowNorm(Norm):
     axes: int
     features: tuple[int, ...] | None
 
-    def forward(self, x: Array, *, out: Array | None = None) -> tuple[Array, Any]:
+    def forward(self, x: AnyArray, *, out: Array | None = None) -> tuple[AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`."""
         y, statistics, exponent = self.rows.forward(x, self.params, out=out, check=self._check)
         return y, self.formula.saved(x, *statistics, exponent)
 
-    def backward(self, dy: Array, saved: Any, *, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: AnyArray, saved: Saved, *, out: Array | None = None) -> tuple[AnyArray, dict[str, Any]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters; dx is written to `out`."""
         self._check_saved(saved)
-        x, *statistics, exponent = saved
+        of_x: Any = saved
+        x, *statistics, exponent = of_x
         return self.rows.backward(dy, x, self.params, tuple(statistics), exponent, out=out, check=self._check)
 
     def _check_saved(self, saved: Any) -> None:
@@ -127,7 +188,7 @@ class RowNorm(Norm):
         raise NotImplementedError
 
 
-class FeatureNorm(RowNorm):
+class FeatureNorm(RowNorm[Saved]):
     """A norm over the trailing axes of (..., features), with a weight and a bias.
 
     Parameters
@@ -182,10 +243,10 @@ class FeatureNorm(RowNorm):
         self._set(shards=dict.fromkeys(self.params, self._axis(axes - 1)), layout=layout, rows=rows)
 
     @classmethod
-    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Any) -> Self:
+    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[OfWeights]) -> Self:
         """Return the norm that multiplies by 1, with a bias of zeros if it usually has one."""
         weight = np.full(features, 1 - settings.get("offset", 0), dtype)
-        return cls(weight, np.zeros(features, dtype) if cls.with_bias else None, **settings)
+        return cls(weight, np.zeros(features, dtype) if cls.with_bias else None, **settings)  # type: ignore[misc]
 
     def _check(self, **arrays: Array) -> None:
         checks.check_features(type(self).__name__, self.params, self.axes, self.group, self.features, **arrays)
@@ -197,7 +258,7 @@ class FeatureNorm(RowNorm):
         return shown | {name: value for name, value in super()._shown().items() if name != "eps"}
 
 
-class LengthNorm(RowNorm):
+class LengthNorm(RowNorm[Saved]):
     """A norm over the trailing axes of (..., features) that divides by a length, with one number as its weight.
 
     Parameters
@@ -233,7 +294,7 @@ class LengthNorm(RowNorm):
         return shape | super()._shown()
 
 
-class ChannelNorm(RowNorm):
+class ChannelNorm(RowNorm[Saved]):
     """A norm of channels, over (N, C, ...), with a weight and a bias for each channel.
 
     Parameters
@@ -277,10 +338,10 @@ class ChannelNorm(RowNorm):
         return group
 
     @classmethod
-    def init(cls, channels: int, dtype: str = "float32", **settings: Any) -> Self:
+    def init(cls, channels: int, dtype: str = "float32", **settings: Unpack[OfChannels]) -> Self:
         """Return the norm with a weight of ones and a bias of zeros."""
         weight, bias = np.ones(channels, dtype), np.zeros(channels, dtype)
-        return cls(weight, bias, **settings)  # type: ignore[call-arg]
+        return cls(weight, bias, **settings)  # type: ignore[call-arg, misc]
 
     def _check(self, **arrays: Array) -> None:
         checks.check_channels(type(self).__name__, self.params, self.group, **arrays)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from npnorm import checks, engine
-from npnorm.arrays import Array, from_numpy, sqrt
+from npnorm.arrays import AnyArray, Array, from_numpy, sqrt
 from npnorm.norms import norm, rms_norm
 
 
@@ -58,7 +58,7 @@ def backward(row: engine.Row, dy: Array, x: Array, w: Array, rstd: Array) -> tup
     return dx, dy * z, dy
 
 
-class PartialRMSNorm(norm.FeatureNorm):
+class PartialRMSNorm(norm.FeatureNorm[Saved]):
     """Divide each row by the root mean square of a part of it.
 
     Parameters
@@ -97,8 +97,8 @@ class PartialRMSNorm(norm.FeatureNorm):
         self._set(p=p, rows=engine.Rows(self.layout, rms_norm.RMSNorm.formula, eps, self.compute))
 
     def forward(
-        self, x: Array, rng: np.random.Generator | None = None, *, out: Array | None = None
-    ) -> tuple[Array, Saved]:
+        self, x: AnyArray, rng: np.random.Generator | None = None, *, out: Array | None = None
+    ) -> tuple[AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`.
 
         Parameters
@@ -114,7 +114,7 @@ class PartialRMSNorm(norm.FeatureNorm):
         y, (rstd,), exponent = self._rows(subset, k).forward(x, self.params, out=out)
         return y, Saved(x, subset, k, rstd, exponent)
 
-    def backward(self, dy: Array, saved: Saved, *, out: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dy: AnyArray, saved: Saved, *, out: Array | None = None) -> tuple[AnyArray, dict[str, Any]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters; dx is written to `out`."""
         self._check_saved(saved)
         x, subset, k, rstd, exponent = saved

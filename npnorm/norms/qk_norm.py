@@ -68,7 +68,7 @@ class QKNorm(norm.Norm):
 
     full_width: bool
     offset: float
-    cast: str | None
+    cast: norm.Cast
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class QKNorm(norm.Norm):
         *,
         full_width: bool = False,
         offset: float = 0,
-        cast: str | None = None,
+        cast: norm.Cast = None,
         **settings: Unpack[norm.Common],
     ) -> None:
         ranks = self._set_common(settings)
@@ -105,18 +105,18 @@ class QKNorm(norm.Norm):
         self._set(shards={"q_norm": {"weight": axis}, "k_norm": {"weight": axis}})
 
     @classmethod
-    def init(cls, head_dim: int, dtype: str = "float32", **settings: Any) -> Self:
+    def init(cls, head_dim: int, dtype: str = "float32", **settings: Unpack[norm.OfHeads]) -> Self:
         """Return the norm per head that multiplies by 1."""
         ones = np.full(head_dim, 1 - settings.get("offset", 0), dtype)
         return cls(ones, ones.copy(), **settings)
 
-    def forward(self, q: Array, k: Array) -> tuple[tuple[Array, Array], Saved]:
+    def forward(self, q: Array, k: Array) -> tuple[tuple[Any, Any], Saved]:
         """Return (q, k), normalized, and what backward needs: per head of shape (..., head_dim)."""
         q, saved_q = self._forward("q", q)
         k, saved_k = self._forward("k", k)
         return (q, k), Saved(saved_q, saved_k)
 
-    def backward(self, dq: Array, dk: Array, saved: Saved) -> tuple[tuple[Array, Array], dict[str, Any]]:
+    def backward(self, dq: Array, dk: Array, saved: Saved) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """Return (dq, dk), and the complete gradients of the weights."""
         checks.check_saved("QKNorm", saved, Saved, self.group)
         dq, dw_q = self._backward("q", dq, saved.q)
@@ -129,13 +129,13 @@ class QKNorm(norm.Norm):
         }
         return (dq, dk), grads
 
-    def _forward(self, name: str, x: Array) -> tuple[Array, rms_norm.Saved]:
+    def _forward(self, name: str, x: Array) -> tuple[Any, rms_norm.Saved]:
         params = self.params[f"{name}_norm"]
         checks.check_features("QKNorm", params, 1, self.group, **{name: x})
         y, (rstd,), exponent = self.rows[name].forward(x, params)
         return y, rms_norm.Saved(x, rstd, exponent)
 
-    def _backward(self, name: str, dy: Array, saved: rms_norm.Saved) -> tuple[Array, Array]:
+    def _backward(self, name: str, dy: Array, saved: rms_norm.Saved) -> tuple[Any, Any]:
         """Return dx, and the unrounded gradient of this rank's heads."""
         (x, rstd, exponent), params = saved, self.params[f"{name}_norm"]
         checks.check_features("QKNorm", params, 1, self.group, dy=dy, **{name: x})

@@ -52,7 +52,7 @@ def backward(row: Row, dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Arra
     return dx, dy * z, dy
 
 
-class RMSNorm(FeatureNorm):
+class RMSNorm(FeatureNorm[Saved]):
     """Divide each row by its root mean square: y = x / sqrt(mean(x^2) + eps) w + b.
 
     Parameters

@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 
 from npnorm import checks
-from npnorm.arrays import Array, array_module, from_numpy
+from npnorm.arrays import AnyArray, Array, array_module, from_numpy
 from npnorm.engine import Batch, Formula, Rows
 from npnorm.group import SOLO
-from npnorm.norms.norm import ChannelNorm, Common
+from npnorm.norms.norm import ChannelNorm, Common, Saved
 
 __all__ = ["Common", "Formula", "RunningNorm"]
 
 
-class RunningNorm(ChannelNorm):
+class RunningNorm(ChannelNorm[Saved]):
     """A norm of channels over the batch, which keeps running statistics.
 
     Attributes
@@ -52,10 +52,11 @@ class RunningNorm(ChannelNorm):
         self._set(fixed=Rows(layout, self.by_running_statistics, eps, self.compute))
         self._set(running_mean=self._start(running_mean, 0.0), running_var=self._start(running_var, 1.0))
 
-    def forward(self, x: Array, *, out: Array | None = None) -> tuple[Array, Any]:
+    def forward(self, x: AnyArray, *, out: Array | None = None) -> tuple[AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (N, C, ...), and what backward needs: training; y goes to `out`."""
         y, saved = super().forward(x, out=out)
-        checks.check_counted(type(self).__name__, saved.n)
+        of_batch: Any = saved
+        checks.check_counted(type(self).__name__, of_batch.n)
         return y, saved
 
     def _start(self, given: Array | None, number: float) -> Array | None:
@@ -67,7 +68,8 @@ class RunningNorm(ChannelNorm):
 
     def known(self) -> tuple[Array, Array]:
         """Return mean and variance in float64, of shape (channels, 1, 1)."""
-        mean, var = self.running_mean, self.running_var
+        mean: Any = self.running_mean
+        var: Any = self.running_var
         checks.check_known(type(self).__name__, mean, var, self.eps, self.group)
         xp: Any = array_module(mean)
         return xp.astype(mean, xp.float64)[:, None, None], xp.astype(var, xp.float64)[:, None, None]

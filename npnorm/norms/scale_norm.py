@@ -20,13 +20,13 @@ RMSNorm with the constant weight g / sqrt(n) is the same up to the place of eps.
 group costs one sum over the ranks forward, of x^2, and one backward, of dy z, which makes dg complete, too.
 """
 
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self, Unpack
 
 import numpy as np
 
 from npnorm.arrays import Array, array_module, sqrt
 from npnorm.engine import Formula, Row, accurate_where_dx_cancels_without_eps
-from npnorm.norms.norm import LengthNorm
+from npnorm.norms.norm import LengthNorm, OfRows
 
 
 class Saved(NamedTuple):
@@ -64,7 +64,7 @@ def backward(row: Row, dy: Array, x: Array, g: Array, longer: Array, rnorm: Arra
     return dx, sum_dyz
 
 
-class ScaleNorm(LengthNorm):
+class ScaleNorm(LengthNorm[Saved]):
     """Give each row the Euclidean length g: y = g x / max(|x|, eps).
 
     Parameters
@@ -92,6 +92,6 @@ class ScaleNorm(LengthNorm):
     formula = Formula(forward, backward, Saved, params=("weight",))
 
     @classmethod
-    def init(cls, features: int, dtype: str = "float32", **settings: Any) -> Self:
+    def init(cls, features: int, dtype: str = "float32", **settings: Unpack[OfRows]) -> Self:
         """Return the norm with the length sqrt(features)."""
         return cls(np.array(features**0.5, dtype), **settings)

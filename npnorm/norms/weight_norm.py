@@ -20,7 +20,7 @@ Where the ranks of a group split the outputs, each has whole rows, and nothing i
 inputs, forward is one sum over the ranks, of v^2, and backward one, of dw z, which makes dg complete.
 """
 
-from typing import NamedTuple, Self, Unpack
+from typing import Any, NamedTuple, Self, Unpack
 
 from npnorm import checks, engine
 from npnorm.arrays import Array, round_to
@@ -87,13 +87,13 @@ class WeightNorm(Norm):
         lengths = (1 if exponent is None else 2.0**exponent) / rnorm
         return cls(round_to(lengths[:, 0, 0], weight.dtype), **settings)
 
-    def forward(self, weight_v: Array) -> tuple[Array, Saved]:
+    def forward(self, weight_v: Array) -> tuple[Any, Saved]:
         """Return the weight, of the shape and dtype of weight_v: (outputs, inputs, ...), and what backward needs."""
         self._check(weight_v=weight_v)
         weight, (longer, rnorm), exponent = self.rows.forward(weight_v[None, ...], self.params)
         return weight[0, ...], Saved(weight_v, longer, rnorm, exponent)
 
-    def backward(self, dweight: Array, saved: Saved) -> tuple[Array, dict[str, Array]]:
+    def backward(self, dweight: Array, saved: Saved) -> tuple[Any, dict[str, Any]]:
         """Return dweight_v, of the shape and dtype of weight_v, and the gradient of weight_g, in its dtype."""
         checks.check_saved("WeightNorm", saved, Saved, self.group)
         weight_v, *statistics, exponent = saved
