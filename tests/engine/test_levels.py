@@ -160,6 +160,19 @@ def test_a_mean_and_a_dx_that_cancels_do_not_add_up(name, mean, along):
 
 
 @EACH
+@pytest.mark.parametrize("size", [1e-22, 1e18], ids=["tiny", "huge"])
+def test_a_dx_that_cancels_is_right_for_a_dy_of_any_size(name, size):
+    """The whole row is evaluated again, since |dz|^2 leaves the range of float32: with statistics of all digits."""
+    _, x, _ = problem(name, 6)
+    channels = SHAPES[name][1]
+    params = {"weight": np.ones(channels, "float32"), "bias": np.zeros(channels, "float32")}
+    y, _ = MAKE[name](params, compute="float32").forward(x)
+    dy = y * np.float32(size)
+    came = run(MAKE[name](params, compute="float32"), x, dy)
+    check(name, {"dx": came["dx"]}, exact(name, params, x, dy), 4)
+
+
+@EACH
 @pytest.mark.parametrize(("x_size", "dy_size", "w_size", "eps"), [(3e-30, 3e-15, 1, 1e-28), (1e-29, 1, 1e4, 1e29)])
 def test_products_of_small_numbers_keep_their_digits_beside_eps(name, x_size, dy_size, w_size, eps):
     params, x, dy = problem(name, 10)
