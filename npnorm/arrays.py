@@ -262,16 +262,18 @@ def erf(x: Array) -> Any:
     return from_numpy(on_host(to_numpy(x)), x)
 
 
-def square_sum(x: Any) -> Any:
-    """Return the sum of the squared magnitudes over the last axis, for comparisons only.
+def dot(x: Any, y: Any) -> Any:
+    """Return the sum of products over the last axis.
 
     NumPy hands it to BLAS, in pieces that are too short for its threads; its last bits depend on the CPU.
     """
     xp = array_module(x)
-    if xp is np:
-        return sum(np.vecdot(piece, piece).real for piece in np.split(x, range(PIECE, x.shape[-1], PIECE), axis=-1))
-    size = abs(x) if xp.isdtype(x.dtype, "complex floating") else x
-    return xp.sum(size * size, axis=-1)
+    if xp is not np:
+        return xp.sum(x * y, axis=-1)
+    if x.shape[-1] <= PIECE:
+        return np.vecdot(x, y)
+    cuts = range(0, x.shape[-1], PIECE)
+    return sum(np.vecdot(x[..., i : i + PIECE], y[..., i : i + PIECE]) for i in cuts)
 
 
 def transpose(x: Array) -> Any:

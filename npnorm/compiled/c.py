@@ -165,7 +165,7 @@ class Writer:
 
     def __init__(self, traced: Traced, kind: Kind, column_first: bool) -> None:
         self.traced, self.kind, self.column_first = traced, kind, column_first
-        self.guards = Guards(kind.work, kind.folds, 1.0)  # eps is an argument of the code
+        self.guards = Guards(kind.work, "folded" if kind.folds else "once", 1.0)  # eps is an argument of the code
         self.lines: list[str] = []
         self.values: dict[Number, str] = {}
         self.totals: dict[Total, str] = {}

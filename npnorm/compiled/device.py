@@ -151,7 +151,7 @@ def _kind(
 ) -> Kind:
     axes = "Features" if not layout.per_channel else "Batch" if layout.row_is_channel else "Channels"
     shape = tuple(map(int, arrays[0].shape[1:]))
-    return Kind(axes, shape, dtype_name(arrays[0]), level.work, level.folds, names, params)
+    return Kind(axes, shape, dtype_name(arrays[0]), level.work, level.centring == "folded", names, params)
 
 
 @functools.lru_cache(maxsize=KNOWN)

@@ -129,6 +129,7 @@ class Trace:
 
     def __init__(self, layout: Layout, shape: tuple[int, ...], folds: bool) -> None:
         self.per_channel, self.folds, self.shape = layout.per_channel, folds, (0, *shape)
+        self.twice = False  # of rows whose mean is that far from zero, kernels leave the care to others
         self._formed = 0
         self._numbers: dict[tuple[Any, ...], Number] = {}
 

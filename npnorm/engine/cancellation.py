@@ -9,14 +9,14 @@ Ogita, Siegfried M. Rump and Shin'ichi Oishi, "Accurate Sum and Dot Product", SI
 import math
 from typing import Any
 
-from npnorm.arrays import Array, array_module, dtype_name, square_sum
+from npnorm.arrays import Array, array_module, dot, dtype_name
 from npnorm.engine.statistics import Mean, subtract
 
 FIRST = {True: 2.0**-30, False: 0.25}
 """The least share of |dz|^2 in |dx / rstd|^2 for which the formula has enough digits; by low precision."""
 
-ENOUGH = 2.0**-42, 2.0**-74
-"""The same, of arrays of low precision, for the plain way to remove what lies along c and 1, and for one exact step."""
+ENOUGH = {0: 2.0**-42, 1: 2.0**-74}
+"""The same, of arrays of low precision, for what lies along c and 1 to be removed with no exact step, and with one."""
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -80,10 +80,11 @@ def dx_without_cancellation(
         return dx
     xp, rstd, dz = array_module(dx), statistics[-1], dy * w
     size = (1 / rstd) * (1 / rstd)
-    lost = _square(row, dx) * size < _square(row, dz) * FIRST[row.low_precision]
+    lost = _dot(row, dx, dx) * size < _dot(row, dz, dz) * FIRST[row.low_precision]
     for factor in row.factors:
         factor = factor / _largest(row, factor)
-        lost = lost | (_square(row, dx * factor) * size < _square(row, dz * factor) * FIRST[row.low_precision])
+        a, b = dx * factor, dz * factor
+        lost = lost | (_dot(row, a, a) * size < _dot(row, b, b) * FIRST[row.low_precision])
     lost = xp.reshape(lost, (-1,))
     if not bool(xp.any(lost)):
         return dx
@@ -113,23 +114,22 @@ def dx_where_it_cancels(row: Any, dy: Array, x: Array, w: Array, statistics: tup
     """
     xp, rstd, dz = array_module(dy), statistics[-1], dy * w
     mean = next((s for s in statistics if isinstance(s, Mean)), None)
-    rest = 0 * dz if row.low_precision or not bool(getattr(w, "ndim", False)) else two_product(dy, w)[1]
-    constant = share != share
+    rest = 0.0 if row.low_precision or not getattr(w, "ndim", 0) else two_product(dy, w)[1]
+    rows = xp.reshape(xp.ones_like(rstd, dtype=xp.bool), (-1,))
     if mean is not None:  # of a constant dz nothing is left
-        constant = _constant(row, dz) & _constant(row, rest)
-    if bool(xp.all(constant)):
-        return 0 * dz * rstd
-    found = _along_and_across(row, dz, x, mean, share) if row.low_precision else 0 * dz
-    for steps, enough in zip((1, 3) if row.low_precision else (3,), ENOUGH, strict=False):
-        again = _square(row, found) <= _square(row, dz) * enough
-        rows = xp.reshape(again & ~constant, (-1,))
-        if not bool(xp.any(rows)):
-            break
-        of = _of(rows, dz.ndim)
-        mean_ = None if mean is None else Mean(*map(of, mean))
-        found = xp.astype(found, found.dtype)
-        found[rows] = _with_more_digits(row, of(dz), of(rest), of(x), mean_, of(share), steps)
-    return xp.where(constant, 0 * dz, found) * rstd
+        rows = ~(_constant(row, dz) & _constant(row, rest))
+    dx = xp.zeros_like(dz)
+    for steps in (3,) if not row.low_precision else (1, 3) if mean is None else (0, 1, 3):
+        if bool(xp.all(rows)):
+            dx = _in_steps(steps, row, dz, rest, x, mean, share)
+        elif bool(xp.any(rows)):
+            of = _of(rows, dz.ndim)
+            of_mean = None if mean is None else Mean(*map(of, mean))
+            dx[rows] = _in_steps(steps, row, of(dz), of(rest), of(x), of_mean, of(share))
+        if steps in ENOUGH:
+            rows = rows & xp.reshape(_dot(row, dx, dx) <= _dot(row, dz, dz) * ENOUGH[steps], (-1,))
+    dx *= rstd
+    return dx
 
 
 def _of(rows: Array, ndim: int) -> Any:
@@ -137,10 +137,11 @@ def _of(rows: Array, ndim: int) -> Any:
     return lambda a: a[rows] if getattr(a, "ndim", 0) == ndim else a
 
 
-def _square(row: Any, a: Array) -> Array:
+def _dot(row: Any, a: Array, b: Array) -> Array:
+    """Return the sum of the products of each row."""
+    flat = (a.shape[0], row.layout.local_size(a))
     xp = array_module(a)
-    flat = xp.reshape(a, (a.shape[0], row.layout.local_size(a)))
-    return xp.reshape(square_sum(flat), (a.shape[0], *[1] * (a.ndim - 1)))
+    return xp.reshape(dot(xp.reshape(a, flat), xp.reshape(b, flat)), (a.shape[0], *[1] * (a.ndim - 1)))
 
 
 def _largest(row: Any, a: Array) -> Array:
@@ -149,66 +150,72 @@ def _largest(row: Any, a: Array) -> Array:
     return xp.reshape(xp.max(flat, axis=-1), (a.shape[0], *[1] * (a.ndim - 1)))
 
 
-def _constant(row: Any, a: Array) -> Array:
-    """Return which rows have one number throughout."""
+def _constant(row: Any, a: Any) -> Any:
+    """Return which rows have one number throughout, of shape (rows,)."""
+    if not getattr(a, "ndim", 0):
+        return True
     xp = array_module(a)
     flat = xp.reshape(a, (a.shape[0], row.layout.local_size(a)))
-    return xp.reshape(xp.max(flat, axis=-1) == xp.min(flat, axis=-1), (a.shape[0], *[1] * (a.ndim - 1)))
+    return xp.max(flat, axis=-1) == xp.min(flat, axis=-1)
 
 
 class _Plane:
     """The directions 1 and c that the norm takes out of dz; c alone for a norm that does not centre."""
 
     def __init__(self, row: Any, x: Array, mean: Mean | None) -> None:
-        self.row, self.n, self.mean = row, row.layout.local_size(x), mean
-        self.c = x if mean is None else subtract(x, mean)
-        square = row.local_sum(self.c * self.c)
-        self.along = array_module(x).where(abs(square) > 0, 1 / square, 0 * square)  # a constant row has no direction
+        self.row, self.mean, self.c = row, mean, x if mean is None else subtract(x, mean)
+        square = _dot(row, self.c, self.c)
+        self.along = array_module(x).where(square > 0, 1 / square, 0 * square)  # a constant row has no direction
 
     def constant(self, p: Array) -> Any:
         """Return the constant in p."""
-        return 0.0 if self.mean is None else self.row.local_sum(p) / self.n
+        return 0.0 if self.mean is None else self.row.local_sum(p) / self.row.layout.local_size(p)
 
     def beta(self, p: Array) -> Array:
         """Return how much of c is in p."""
-        return self.row.local_sum(p * self.c) * self.along
+        return _dot(self.row, p, self.c) * self.along
 
-    def remove(self, p: Array) -> tuple[Array, Array]:
-        """Return p without what lies in the plane, and how much of c that was."""
+    def remove(self, p: Array, but: Any = 0.0) -> tuple[Array, Array]:
+        """Return p without what lies in the plane, but for so much of c; and how much of c was in p."""
         beta = self.beta(p)
-        p = p - self.c * beta
-        return p - self.constant(p), beta
+        left = self.c * (but - beta)
+        left += p
+        return left if self.mean is None else left - self.constant(p), beta
 
 
-def _along_and_across(row: Any, dz: Array, x: Array, mean: Mean | None, share: Array) -> Array:
-    """Return p + beta c share; p has the digits of dz."""
-    plane = _Plane(row, x, mean)
-    p, beta = plane.remove(dz)
-    p, more = plane.remove(p)
-    return p + plane.c * ((beta + more) * share)
+def _in_steps(steps: int, row: Any, dz: Array, rest: Any, x: Array, mean: Mean | None, share: Array) -> Array:
+    """Return p + beta c share, where dz + rest is p + beta c + a constant; the more exact, the more steps.
 
-
-def _with_more_digits(row: Any, dz: Array, rest: Array, x: Array, mean: Mean | None, share: Array, steps: int) -> Array:
-    """Return p + beta c share, with p found from exact parts: dz + rest - beta c - a constant, where beta c is exact.
-
-    The number beta is rounded to half of its digits for that. What is left is smaller, and loses the rest of beta the
-    same way, until it is small enough for the plain way. One step is for arrays of low precision: beta x is exact.
+    With no step, p has the digits that plain arithmetic leaves of dz.
     """
     plane = _Plane(row, x, mean)
-    parts: tuple[Array, ...] = (x,)
+    if steps == 1 and mean is None:
+        beta, _ = halves(plane.beta(dz))
+        p = dz - beta * x  # of low precision: the product is exact, and the difference is small
+        more = plane.beta(p)
+        return p + x * ((beta + more) * share - more)
+    p, beta = _exact_steps(steps, plane, dz, rest, x) if steps else (dz, 0 * plane.along)
+    p, more = plane.remove(p)
+    return plane.remove(p, but=(beta + more) * share)[0]
+
+
+def _exact_steps(steps: int, plane: _Plane, dz: Array, rest: Any, x: Array) -> tuple[Array, Array]:
+    """Return dz + rest - beta c - a constant, rounded once, and beta.
+
+    The number beta is rounded to half of its digits, so that beta c is exact, in parts. What is left is smaller, and
+    loses the rest of beta the same way. One step is for arrays of low precision: beta x is exact.
+    """
+    mean, parts = plane.mean, [x]
     if steps > 1:
         c, low = (x, 0 * x) if mean is None else _difference(x, mean)
-        parts = *halves(c), low
-    p, beta = dz, 0.0
+        parts = [*halves(c), low]
+    p, beta = dz, 0 * plane.along
     for _ in range(steps):
         step, _ = halves(plane.beta(p))
         constant = plane.constant(p) - (0.0 if steps > 1 or mean is None else step * mean.high)
         p, rest = accurate_sum(p, 0 * p - constant, *(-step * part for part in parts), rest)
         beta = beta + step
-    for _ in range(2):
-        p, more = plane.remove(p)
-        beta = beta + more
-    return p + plane.c * (beta * share)
+    return p, beta
 
 
 def _difference(x: Array, mean: Mean) -> tuple[Array, Array]:

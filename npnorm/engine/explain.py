@@ -15,7 +15,7 @@ class _Counting(Guards):
     """Counts the rows that lost digits, by the name of what evaluates them again."""
 
     def __init__(self, level: Level, eps: float, again: str, count: Counter[str]) -> None:
-        super().__init__(level.work, level.folds, eps)
+        super().__init__(level.work, level.centring, eps)
         self.again, self.count = again, count
 
     def lost_forward(self, *given: Any) -> Any:
@@ -51,9 +51,9 @@ class _Levels(Levels):
 def explain(norm: Any, x: Array, dy: Array | None = None) -> dict[str, dict[str, int]]:
     """Return how many rows of x are evaluated at each level, forward and, with a dy, backward.
 
-    The levels are "float32" and "float64", or either with ", folded" where x - mean(x) is never formed; "exact"; and
-    backward "dx again", for rows of which dx alone is found by another way, since it cancels. A row that lost digits at
-    one level is counted at the next one as well.
+    The levels are "float32" or "float64", with ", mean folded" where x - mean(x) is never formed; "float64, mean twice"
+    for rows whose mean is far from zero; "exact"; and backward "dx again", for rows of which dx alone is found by
+    another way, since it cancels. A row that lost digits at one level is counted at the next one as well.
 
     Parameters
     ----------
@@ -64,16 +64,16 @@ def explain(norm: Any, x: Array, dy: Array | None = None) -> dict[str, dict[str,
     --------
     >>> from npnorm import LayerNorm
     >>> x = np.random.default_rng(0).standard_normal((6, 64)).astype("float32")
-    >>> x[2] += 1e7  # a mean far from zero
+    >>> x[2] += 1000  # a mean far from zero
     >>> explain(LayerNorm(), x)
-    {'forward': {'float64': 6, 'exact': 1}}
+    {'forward': {'float64': 6, 'float64, mean twice': 1}}
     """
     count: Counter[str] = Counter()
     rows = copy.copy(norm.rows)
     rows.forget()
     rows.levels = levels = _Levels(rows.exact, rows.compute)
     levels.count = count
-    names = [f"{work}, folded" if folds else work for work, folds, _ in levels.levels]
+    names = [work if centring == "once" else f"{work}, mean {centring}" for work, centring, _ in levels.levels]
     again = [*names[1:], "exact"]
     guards = [_Counting(level, levels.eps, name, count) for level, name in zip(levels.levels, again, strict=True)]
     levels.levels = [level._replace(guards=guard) for level, guard in zip(levels.levels, guards, strict=True)]

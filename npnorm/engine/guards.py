@@ -56,6 +56,13 @@ ten thousand are not; they are within 0.501 units.
 """
 
 
+TWICE = 2.0**26
+"""The largest mean, in units of the spread, where what rounding left of the mean is subtracted as well, in float64.
+
+x - mean(x), of an x of 24 digits, has then lost nothing, and the mean of the difference is far below the spread.
+"""
+
+
 class Lost(NamedTuple):
     """Which rows lost digits backward, of shape (rows,); None if no row did."""
 
@@ -80,16 +87,17 @@ class Guards:
     Parameters
     ----------
     work : "float32" or "float64"
-    folds : bool
-        Whether var is mean(x^2) - mean(x)^2, and x - mean(x) is never formed.
+    centring : "folded", "once" or "twice"
+        What becomes of the mean: see `npnorm.engine.levels`.
     eps : float
     """
 
-    def __init__(self, work: str, folds: bool, eps: float) -> None:
+    def __init__(self, work: str, centring: str, eps: float) -> None:
         limits = LIMITS[work]
         self.limits, self.eps = limits, eps
-        self.constant = limits.constant and not folds
-        self.mean = (limits.folded_mean if folds else limits.mean) ** 2
+        self.constant = limits.constant and centring != "folded"
+        self.mean = {"folded": limits.folded_mean, "once": limits.mean, "twice": TWICE}[centring] ** 2
+        self.mean_left = 0.0 if centring == "twice" else limits.mean_left
         self.low, self.high = 2.0**-limits.size, 2.0**limits.size
         self.square = 2.0**-limits.square, 2.0**limits.square
         self.beside_eps = ((1 - 2.0**-20) / eps) ** 0.5 if limits.tiny and eps > 0 else math.inf
@@ -109,11 +117,11 @@ class Guards:
 
     def least_left(self, means: list[Any], rstd: Any) -> Any:
         """Return the least share of |dz|^2 that must be left in dx: more, if the mean took digits."""
-        if not means or not self.limits.mean_left:
+        if not means or not self.mean_left:
             return self.limits.left
         far = sum(mean * mean for mean in means) * rstd * rstd
         far = array_module(rstd).minimum(far, self.mean)  # a constant row has any
-        return self.limits.left + self.limits.mean_left * far
+        return self.limits.left + self.mean_left * far
 
     def lost_forward(self, x: Array, rstd: Array, centred: Any) -> Any:
         """Return which rows lost digits forward, of shape (rows,); None if no row did.

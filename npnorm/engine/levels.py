@@ -1,13 +1,15 @@
 """The levels at which a block of rows is evaluated: fast first, and the rows that lost digits again, with more of them.
 
-    float32, float64   over `npnorm.engine.terms`, as `compute` says; where numbers fold, x - mean(x) is never formed
-    float64            the same, with x - mean(x) formed: for a mean that is far from zero in units of the spread
-    exact              `npnorm.engine.exact`
+    fast     over `npnorm.engine.terms`, in float32 or float64, as `compute` says
+    far      the same in float64, for a mean that is far from zero in units of the spread
+    exact    `npnorm.engine.exact`
 
-`npnorm.engine.guards` says after each level which rows go on to the next.
+A mean is subtracted once at the first level, or folded into the numbers for rows where a layout allows that, so that
+x - mean(x) is never formed. At the second one it is subtracted twice: what rounding left of it is the mean of
+x - mean(x). `npnorm.engine.guards` says after each level which rows go on to the next.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from npnorm.arrays import contiguous, round_to
 from npnorm.engine.cancellation import dx_where_it_cancels
 from npnorm.engine.exact import Exact, change, flatten
-from npnorm.engine.guards import Guards
+from npnorm.engine.guards import LIMITS, Guards
 from npnorm.engine.row import Absent
 from npnorm.engine.terms import Block, BlockRow, Terms
 from npnorm.threads import scratch
@@ -37,8 +39,38 @@ class Level(NamedTuple):
     """A way to evaluate a block."""
 
     work: str
-    folds: bool  # whether x - mean(x) is never formed
+    centring: str  # "folded", "once" or "twice"
     guards: Guards
+
+
+class Given(NamedTuple):
+    """What the backward pass of a block of rows is given, and where it writes dx."""
+
+    dy: Any
+    x: Any
+    plus: Any  # what is added to dx before it is rounded, or None
+    params: list[Any]  # that the formula reads
+    statistics: tuple[Any, ...]
+    dx: Any
+    there: list[bool]  # which of the formula's parameters the norm has
+
+    def of(self, rows: Rows, in_float64: bool = True) -> "Given":
+        """Return the same of some of the rows; their dx is new memory, if they are not neighbours."""
+        dy, x, plus, params, statistics, dx, there = self
+        params = of_rows(params, rows)
+        return Given(
+            dy[rows],
+            x[rows],
+            None if plus is None else plus[rows],
+            _in_float64(params) if in_float64 else params,
+            change(lambda a: a[rows], statistics),
+            _result(dx, rows),
+            there,
+        )
+
+    def has_constant_dz(self) -> np.ndarray:
+        """Return in which rows all elements of dy and of the weight are equal, of shape (rows,)."""
+        return _is_constant(self.dy) & _is_constant(self.params[0])
 
 
 class Levels:
@@ -55,30 +87,30 @@ class Levels:
     def __init__(self, exact: Exact, compute: str) -> None:
         self.exact, self.compute = exact, compute
         self.layout, self.formula, self.eps = exact.layout, exact.formula, exact.eps
-        ways = [("float64", False)]
-        if compute == "float32" or self.layout.per_channel:
-            ways.insert(0, (compute, self.layout.per_channel))
-        self.levels = [Level(work, folds, Guards(work, folds, self.eps)) for work, folds in ways]
+        ways = (compute, "folded" if self.layout.per_channel else "once"), ("float64", "twice")
+        self.levels = [Level(work, centring, Guards(work, centring, self.eps)) for work, centring in ways]
 
     def forward(
         self,
         x: np.ndarray,
         params: list[Any],
         constants: Sequence[np.ndarray],
-        y: np.ndarray,
+        y: np.ndarray | None,
         at: int = 0,
     ) -> tuple[Any, ...]:
-        """Write y of a block of rows, beginning at a level; return the statistics."""
+        """Write y of a block of rows, if it is wanted, beginning at a level; return the statistics."""
         if at == len(self.levels):
             values, statistics, _ = self.exact.forward([contiguous(x, np.float64)], [*params, *constants], True)
-            y[...] = round_to(values, y.dtype)
+            if y is not None:
+                y[...] = round_to(values, y.dtype)
             return statistics
-        work, folds, guards = self.levels[at]
+        work, centring, guards = self.levels[at]
         with _memory(x) as memory:
-            block = Block(self.layout, y, work, memory.empty, False, folds)
+            block = Block(self.layout, x if y is None else y, work, memory.empty, False, centring)
             row = BlockRow(self.layout, self.eps, block)
             values, statistics = self.formula.forward(row, block.array(x, "x"), *params, *constants)
-            block.write(values)
+            if y is not None:
+                block.write(values)
         if not statistics:
             return ()
         lost = guards.lost_forward(x, statistics[-1], row.centred)
@@ -87,39 +119,20 @@ class Levels:
         statistics = change(lambda a: a.astype(np.float64), statistics)
         for rows in self._pieces(lost, x, at + 1):
             y_again = _result(y, rows)
-            again = self.forward(x[rows], in_float64(of_rows(params, rows)), of_rows(constants, rows), y_again, at + 1)
-            y[rows] = y_again
+            again = self.forward(x[rows], _in_float64(of_rows(params, rows)), of_rows(constants, rows), y_again, at + 1)
+            _write(y, rows, y_again)
             for a, b in zip(flatten(statistics), flatten(again), strict=True):
                 a[rows] = b
         return statistics
 
-    def backward(
-        self,
-        arrays: tuple[np.ndarray, np.ndarray, np.ndarray | None],
-        params: list[Any],
-        statistics: tuple[Any, ...],
-        dx: np.ndarray,
-        there: list[bool],
-        at: int = 0,
-    ) -> list[np.ndarray]:
-        """Write dx of a block of rows, beginning at a level; return the block's sums for the parameters.
-
-        Parameters
-        ----------
-        arrays : dy, x, and what is added to dx before it is rounded, or None
-        there : list of bool
-            Which of the formula's parameters the norm has.
-        """
-        dy, x, plus = arrays
+    def backward(self, given: Given, at: int = 0) -> list[np.ndarray]:
+        """Write dx of a block of rows, beginning at a level; return the block's sums for the parameters."""
         if at == len(self.levels):
-            (d,), sums = self.exact.backward(
-                [contiguous(a, np.float64) for a in (dy, x)], params, statistics, None, True
-            )
-            dx[...] = round_to(d if plus is None else d + contiguous(plus, np.float64), dx.dtype)
-            return [a for a, has in zip(sums, there, strict=True) if has]
-        work, folds, guards = self.levels[at]
+            return self._exact_backward(given)
+        work, centring, guards = self.levels[at]
+        dy, x, plus, params, statistics, dx, there = given
         with _memory(x) as memory:
-            block = Block(self.layout, dx, work, memory.empty, True, folds)
+            block = Block(self.layout, dx, work, memory.empty, True, centring)
             row, numbers = BlockRow(self.layout, self.eps, block), statistics
             if statistics[-1].dtype != block.numbers:
                 numbers = change(lambda a: a.astype(block.numbers), statistics)
@@ -133,75 +146,69 @@ class Levels:
         if lost is None:
             return sums
         if lost.dx is not None:
-            share = row.cancelling.share  # type: ignore[union-attr]
-            self._dx_again(lost.dx, arrays, params, statistics, share, dx, work)
+            self._dx_again(lost.dx, given, row, at + 1)
         if lost.all is not None:
-            again = self.levels[at].work == "float32" and squares is not None
-            sums = self._all_again(lost.all, sums, arrays, params, statistics, dx, there, at, again)
+            sums = self._sums_of_others(lost.all, sums, given, at)
+            self._again(lost.all, given, sums, at + 1, work == "float32" and squares is not None)
         return sums
 
-    def _dx_again(
-        self,
-        lost: np.ndarray,
-        arrays: tuple[np.ndarray, np.ndarray, np.ndarray | None],
-        params: list[Any],
-        statistics: tuple[Any, ...],
-        share: Callable[..., Any],
-        dx: np.ndarray,
-        work: str,
-    ) -> None:
-        """Write dx of rows in which it cancels. What their gradients add to those of the parameters is right."""
-        row = self.exact.row(low_precision=True)
-        for rows in self._pieces(lost, arrays[1], len(self.levels)):
-            dy, x, *plus = (contiguous(a[rows], np.float64) for a in arrays if a is not None)
-            w, given = in_float64(of_rows(params, rows))[0], _some(statistics, rows)
-            given = self.statistics(arrays[1][rows]) if work == "float32" else given
-            d = dx_where_it_cancels(row, dy, x, w, given, share(self.eps, given[-1]))
-            dx[rows] = round_to(d + plus[0] if plus else d, dx.dtype)
+    def _exact_backward(self, given: Given) -> list[np.ndarray]:
+        dy, x, plus, params, statistics, dx, there = given
+        (d,), sums = self.exact.backward([contiguous(a, np.float64) for a in (dy, x)], params, statistics, None, True)
+        dx[...] = round_to(d if plus is None else d + contiguous(plus, np.float64), dx.dtype)
+        return [a for a, has in zip(sums, there, strict=True) if has]
 
-    def _all_again(
-        self,
-        lost: np.ndarray,
-        sums: list[np.ndarray],
-        arrays: tuple[np.ndarray, np.ndarray, np.ndarray | None],
-        params: list[Any],
-        statistics: tuple[Any, ...],
-        dx: np.ndarray,
-        there: list[bool],
-        at: int,
-        statistics_again: bool,
-    ) -> list[np.ndarray]:
-        """Write dx of the rows that lost digits; return the block's sums with their part."""
-        dy, x, plus = arrays
+    def _dx_again(self, lost: np.ndarray, given: Given, row: BlockRow, at: int) -> None:
+        """Write dx of rows in which it cancels. What their gradients add to those of the parameters is right."""
+        if row.means:
+            constant = lost & given.has_constant_dz()
+            for rows in self._pieces(constant, given.x, at):  # nothing is left of dz
+                given.dx[rows] = 0 if given.plus is None else given.plus[rows]
+            lost = lost & ~constant
+        narrow = self.levels[at - 1].work == "float32"
+        share = row.cancelling.share  # type: ignore[union-attr]
+        if narrow:  # of dz along z, eps may leave enough for float64
+            enough = lost & (share(self.eps, given.statistics[-1]) >= LIMITS["float64"].left).reshape(-1)
+            self._again(enough, given._replace(there=[False] * len(given.there)), [], at, True)
+            lost = lost & ~enough
+        whole = self.exact.row(low_precision=True)
+        for rows in self._pieces(lost, given.x, len(self.levels)):
+            dy, x, plus, params, statistics, dx, _ = given.of(rows)
+            statistics = self.statistics(x) if narrow else statistics
+            dy, x = (contiguous(a, np.float64) for a in (dy, x))
+            d = dx_where_it_cancels(whole, dy, x, params[0], statistics, share(self.eps, statistics[-1]))
+            given.dx[rows] = round_to(d if plus is None else d + contiguous(plus, np.float64), dx.dtype)
+
+    def _sums_of_others(self, lost: np.ndarray, sums: list[np.ndarray], given: Given, at: int) -> list[np.ndarray]:
+        """Return a block's sums without the rows that lost digits."""
         if not self.layout.adds:
-            sums = [a.astype(np.float64) for a in sums]
-        elif lost.all():
-            sums = [np.zeros_like(a) for a in sums]
-        else:  # the sums of the other rows
-            kept = np.flatnonzero(~lost)
-            given = _some(statistics, kept)
-            of_kept = dy[kept], x[kept], None
-            sums = self.backward(of_kept, of_rows(params, kept), given, np.empty_like(dx[kept]), there, at)
-        for rows in self._pieces(lost, x, at + 1):
-            given = self.statistics(x[rows]) if statistics_again else _some(statistics, rows)
-            again = _result(dx, rows)
-            of_lost = dy[rows], x[rows], None if plus is None else plus[rows]
-            own = self.backward(of_lost, in_float64(of_rows(params, rows)), given, again, there, at + 1)
-            dx[rows] = again
+            return [a.astype(np.float64) for a in sums]  # rows have sums of their own
+        if lost.all() or not sums:
+            return [np.zeros_like(a) for a in sums]
+        return self.backward(given._replace(plus=None).of(np.flatnonzero(~lost), in_float64=False), at)
+
+    def _again(
+        self, lost: np.ndarray, given: Given, sums: list[np.ndarray], at: int, from_new_statistics: bool
+    ) -> None:
+        """Write dx of the rows that lost digits, at a level; add their part to the sums."""
+        for rows in self._pieces(lost, given.x, at):
+            of_lost = given.of(rows)
+            if from_new_statistics:
+                of_lost = of_lost._replace(statistics=self.statistics(of_lost.x))
+            own = self.backward(of_lost, at)
+            _write(given.dx, rows, of_lost.dx)
             for i, a in enumerate(own):
                 if self.layout.adds:
                     sums[i] = sums[i] + a
                 else:
                     sums[i][rows] = np.reshape(a, sums[i][rows].shape)
-        return sums
 
     def statistics(self, x: np.ndarray) -> tuple[Any, ...]:
         """Return the statistics of rows of x in float64.
 
         Where dx cancels, rstd must be that of the z which cancels, to all digits of float64.
         """
-        params = self.formula.without_params(np)
-        return self.forward(x, params, (), np.empty(x.shape, x.dtype), len(self.levels) - 1)
+        return self.forward(x, self.formula.without_params(np), (), None, len(self.levels) - 1)
 
     def _sum(self, block: Block, d: Any) -> np.ndarray:
         """Return the part of a gradient that a block has."""
@@ -225,19 +232,32 @@ def of_rows(params: Any, rows: Rows) -> list[Any]:
     return [a[key] if getattr(a, "ndim", 0) > 1 else a for a in params]
 
 
-def _some(statistics: tuple[Any, ...], rows: Rows) -> tuple[Any, ...]:
-    """Return the statistics of some of the rows."""
-    return change(lambda a: a[rows], statistics)
-
-
-def in_float64(params: list[Any]) -> list[Any]:
+def _in_float64(params: list[Any]) -> list[Any]:
     """Return parameters in float64."""
     return [a if isinstance(a, Absent) else a.astype(np.float64, copy=False) for a in params]
 
 
-def _result(out: np.ndarray, rows: Rows) -> np.ndarray:
-    """Return memory for some rows of the result: these rows themselves, if they are neighbours."""
+def _is_constant(a: Any) -> Any:
+    """Return which rows of an array have one number throughout; of numbers that all rows share, whether these do."""
+    if isinstance(a, Absent):
+        return True
+    if a.ndim == 1:
+        return bool((a == a[0]).all())
+    axes = tuple(range(1, a.ndim))
+    return a.max(axis=axes) == a.min(axis=axes)
+
+
+def _result(out: Any, rows: Rows) -> Any:
+    """Return memory for some rows of the result, if it is wanted: these rows themselves, if they are neighbours."""
+    if out is None:
+        return None
     return out[rows] if isinstance(rows, slice) else np.empty((len(rows), *out.shape[1:]), out.dtype)
+
+
+def _write(out: Any, rows: Rows, result: Any) -> None:
+    """Write what `_result` gave memory for, unless this is part of `out`."""
+    if result is not None and not isinstance(rows, slice):
+        out[rows] = result
 
 
 class _New:

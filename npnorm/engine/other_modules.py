@@ -11,7 +11,7 @@ from typing import Any
 from npnorm.arrays import Array, array_module, contiguous, is_cuda, round_to
 from npnorm.engine.exact import Exact, change, flatten
 from npnorm.engine.guards import Guards
-from npnorm.engine.levels import Level, of_rows
+from npnorm.engine.levels import Given, Level, of_rows
 from npnorm.engine.row import Row
 from npnorm.engine.statistics import Mean
 from npnorm.engine.terms import NotLinear
@@ -58,17 +58,10 @@ class OtherModules:
             a[lost] = b
         return statistics
 
-    def backward(
-        self,
-        arrays: tuple[Array, Array, Array | None],
-        params: list[Any],
-        statistics: tuple[Any, ...],
-        dx: Array,
-        there: list[bool],
-        at: int = 0,
-    ) -> list[Array]:
+    def backward(self, given: Given, at: int = 0) -> list[Array]:
         """Write dx; return the sums for the parameters."""
-        xp, level = array_module(dx), self.levels[at]
+        dy, x, plus, params, statistics, dx, there = given
+        arrays, xp, level = (dy, x, plus), array_module(dx), self.levels[at]
         found = self._kernels("backward", xp, level, arrays, params, statistics, dx, there)
         if found is None and level.work == "float32":
             found = self._plain_backward(arrays, params, statistics, dx, there)
@@ -80,10 +73,10 @@ class OtherModules:
         if lost is None:
             return sums
         dy, x, plus = (None if a is None else a[lost] for a in arrays)
-        own_params, given = of_rows(params, lost), change(lambda a: a[lost], statistics)
+        own_params, statistics = of_rows(params, lost), change(lambda a: a[lost], statistics)
         if cancels and level.work == "float32":  # then rstd must be that of z to all digits
-            given = self._exact_forward(x, self.formula.without_params(xp), ())[1]
-        values, own = self._exact_backward((dy, x, plus), own_params, given, there)
+            statistics = self._exact_forward(x, self.formula.without_params(xp), ())[1]
+        values, own = self._exact_backward((dy, x, plus), own_params, statistics, there)
         dx[lost] = round_to(values, dx.dtype)
         for i, a in enumerate(own):
             if self.layout.adds:
@@ -166,7 +159,7 @@ class OtherModules:
 
     @property
     def _guards(self) -> Guards:
-        return Guards("float32", False, self.eps)
+        return Guards("float32", "once", self.eps)
 
 
 class _Noted(Row):

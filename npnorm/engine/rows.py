@@ -30,7 +30,7 @@ from npnorm.engine.arguments import (
 from npnorm.engine.exact import Exact, Formula, change, flatten
 from npnorm.engine.guards import LIMITS, LOW_PRECISION, SHORT_FLOAT32, is_supported
 from npnorm.engine.layout import Layout
-from npnorm.engine.levels import Levels, of_rows
+from npnorm.engine.levels import Given, Levels, of_rows
 from npnorm.engine.other_modules import OtherModules
 from npnorm.engine.terms import NotLinear
 from npnorm.group import Group, errors_on_all_ranks
@@ -252,8 +252,8 @@ class Rows:
             w = self._params(params, self.formula.read, level)
             if not self._weight_is_in_range(w, level):
                 return None
-            arrays = dy.reshape(shape), x.reshape(shape), None
-            sums = self.levels.backward(arrays, w, statistics, dx, self._there(params), level)
+            of_rows = Given(dy.reshape(shape), x.reshape(shape), None, w, statistics, dx, self._there(params))
+            sums = self.levels.backward(of_rows, level)
             grads = self._grads(sums, params, rounded)
         return None if grads is None else ((dx.reshape(x.shape) if out is None else out), grads)
 
@@ -315,7 +315,8 @@ class Rows:
             arrays, of_plus = [a[s, ...] for a in rows], None if plus is None else plus[s, ...]
             given = change(lambda a: a[s, ...], statistics)
             if level is not None:
-                return levels.backward((arrays[0], arrays[1], of_plus), own(s), given, outs[0][s, ...], there, level)
+                dy, x = arrays
+                return levels.backward(Given(dy, x, of_plus, own(s), given, outs[0][s, ...], there), level)
             xp, k = array_module(rows[0]), None if exponent is None else exponent[s, ...]
             arrays = [contiguous(a, getattr(xp, dtype)) for a in arrays]
             d, sums = self.exact.backward(
@@ -363,7 +364,7 @@ class Rows:
         if any(dtype_name(a) != dtype_name(rows) for a in like):
             return None
         short = rows.shape[-1] < SHORT_FLOAT32 and not self.layout.per_channel
-        level, xp = len(self.levels.levels) - 1 if short else 0, array_module(rows)
+        level, xp = int(short and self.compute == "float32"), array_module(rows)
         return level if xp is np or self.other_modules.takes(xp, level) else None
 
     def _params_of_rows(

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npnorm.arrays import PIECE, Array, round_to
+from npnorm.engine.guards import LIMITS
 from npnorm.engine.layout import Layout
 from npnorm.engine.row import NO_BIAS, NO_WEIGHT, Absent
 from npnorm.engine.statistics import Centred, Mean
@@ -134,11 +135,11 @@ class Block:
         The working precision.
     empty : callable
         `empty(name, shape, dtype)` gives memory to be written to.
-    folds : bool
-        Whether x - mean(x) is never formed, if the product of a row's and a column's number is small.
     column_first : bool
         Forward multiplies by rstd before w, because x * rstd cannot overflow and x * w can. Backward multiplies by w
         first, because the guard needs the square of dy * w.
+    centring : "folded", "once" or "twice"
+        Folded, x - mean(x) is never formed; for layouts where the product of a row's and a column's number is small.
     """
 
     def __init__(
@@ -148,10 +149,10 @@ class Block:
         work: str,
         empty: Callable[..., Any],
         column_first: bool,
-        folds: bool = True,
+        centring: str,
     ) -> None:
         self.per_channel, self.batch = layout.per_channel, layout.row_is_channel
-        self.folds = folds and layout.per_channel
+        self.folds, self.twice = centring == "folded", centring == "twice"
         self.out, self.work, self.empty, self.column_first = out, DTYPES[work], empty, column_first
         self.numbers = DTYPES["float64"] if layout.per_channel else self.work
         self.shape = out.shape
@@ -258,11 +259,11 @@ class Block:
 
         From then on x is c minus the numbers, should the formula come back to it.
         """
-        ((_, _, a, _),) = x.terms
+        (_, _, a, _), *rest = x.terms
         c = np.add(a, self._spread(number), out=a if id(a) in self.owned else self.free("c"))[...]
         self.owned[id(c)] = c  # another object than a, whose sums are known
         if id(a) in self.owned:
-            x.terms = ((None, None, c, None), (-number, None, None, None))
+            x.terms = ((None, None, c, None), *rest, (-number, None, None, None))
         return Terms(self, ((None, None, c, None),))
 
     def write(self, terms: Terms, dz: Terms | None = None) -> Any:
@@ -364,12 +365,19 @@ class BlockRow:
     def centre(self, x: Terms) -> tuple[Terms, Mean, Array]:
         """Return c = x - mean(x), mean(x), and mean(c^2); mean(x^2) - mean(x)^2 if numbers fold and c is not formed."""
         mean = self.mean(x)
+        low = 0.0 * mean
         if self.block.folds:
             c, var = x - mean, self.mean(x * x) - mean * mean
         else:
             c = self.block.form(x, -mean)
             var = self.mean(c * c)
-        self.centred = Centred(c, Mean(mean, 0.0 * mean), var, self.size)
+        if self.block.twice:
+            far = mean * mean > var * LIMITS["float64"].mean ** 2
+            if far.any():
+                low = np.where(far, self.mean(c), low)
+                c = self.block.form(x, -low)
+                var = self.mean(c * c)
+        self.centred = Centred(c, Mean(mean, low), var, self.size)
         return c, self.centred.mean, var
 
     @property
@@ -380,7 +388,10 @@ class BlockRow:
     def subtract(self, x: Terms, mean: Mean) -> Terms:
         """Return x - mean(x), for the mean that `centre` found."""
         self.means.append(mean.high)
-        return x - mean.high if self.block.folds else self.block.form(x, -mean.high)
+        if self.block.folds:
+            return x - mean.high
+        c = self.block.form(x, -mean.high)
+        return self.block.form(x, -mean.low) if self.block.twice and mean.low.any() else c
 
     def difference(self, x: Terms, mean: Array) -> Terms:
         """Return x - mean as one array, for a mean that may be far from x."""

@@ -141,15 +141,24 @@ def test_the_mean_of_rows_does_not_matter(name, mean):
 def test_a_mean_that_takes_digits_is_not_evaluated_fast(name, mean):
     params, x, dy = problem(name, 8)
     x = x + np.float32(mean)
-    folds, rows = name in ("GroupNorm", "BatchNorm"), len(rows_of(name, x))
-    expected = {"float64": rows} if folds and mean > 32 else {}
-    expected |= {"exact": rows} if name != "RMSNorm" and mean > 256 else {}
+    limit = {"RMSNorm": np.inf, "LayerNorm": 256}.get(name, 32)
+    expected = {"float64, mean twice": len(rows_of(name, x))} if mean > limit else {}
     assert levels(name, params, x, dy) == {"forward": expected, "backward": expected}
 
 
 @EACH
+@COMPUTE
+@pytest.mark.parametrize("mean", [300, 1e4, 1e6, 1e7])
+def test_a_mean_far_from_zero_leaves_all_digits(name, compute, mean):
+    params, x, dy = problem(name, 12)
+    x = x + np.float32(mean)
+    unit = 4 if (name, compute) == ("RMSNorm", "float32") else 0.51  # RMSNorm needs no mean
+    check(name, run(MAKE[name](params, compute=compute), x, dy), exact(name, params, x, dy), unit)
+
+
+@EACH
 @pytest.mark.parametrize("along", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
-@pytest.mark.parametrize("mean", [0, 15, 30, 100, 250])
+@pytest.mark.parametrize("mean", [0, 15, 30, 100, 250, 1e3, 1e5])
 def test_a_mean_and_a_dx_that_cancels_do_not_add_up(name, mean, along):
     params, x, _ = problem(name, 9)
     x, params = x + np.float32(mean), {key: np.ones_like(a) for key, a in params.items()}
@@ -198,7 +207,8 @@ def test_any_width_is_right(name, compute):
         layer = MAKE[name](params, compute=compute)
         check(name, run(layer, x, dy), exact(name, params, x, dy), 4 if compute == "float32" else 0.51)
         count = explain(layer, x, dy)["forward"]
-        first = "exact" if width < SHORT else "float64" if width < SHORT_FLOAT32 else compute
+        wide = "float64" if compute == "float64" else "float64, mean twice"
+        first = "exact" if width < SHORT else wide if width < SHORT_FLOAT32 else compute
         assert count[first] == 3
 
 
@@ -210,7 +220,7 @@ def test_any_lane_is_right(name, compute, lane):
     layer = MAKE[name](params, compute=compute)
     check(name, run(layer, x, dy), exact(name, params, x, dy), 4 if compute == "float32" else 0.51, 16)
     rows = len(rows_of(name, x))
-    assert explain(layer, x, dy)["forward"] == {f"{compute}, folded" if lane >= SPACE else "exact": rows}
+    assert explain(layer, x, dy)["forward"] == {f"{compute}, mean folded" if lane >= SPACE else "exact": rows}
 
 
 @EACH
@@ -337,9 +347,19 @@ def test_only_rows_that_lost_digits_are_evaluated_again(name):
     params, x, dy = with_special_row(name, 13, SPECIAL_X["a mean of 1e4"], SPECIAL_DY["ordinary"])
     if name == "RMSNorm":
         x[3] = 1e-41
-    further = ("float64",) if name == "RMSNorm" else ("float64", "exact")
     found = levels(name, params, x, dy, compute="float32")
-    assert found == dict.fromkeys(("forward", "backward"), dict.fromkeys(further, 1))
+    assert found == {way: {"float64, mean twice": 1} for way in found}
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "BatchNorm"])
+def test_a_row_that_is_all_but_constant_is_evaluated_exactly(name):
+    params, x, dy = problem(name, 14, {"LayerNorm": (6, 2048)}.get(name, (6, 8, 512)))
+    row = rows_of(name, x)[3]
+    row[...] = 2.0**24
+    row[..., -1:][:1] += 2  # the next float32: the mean is 2^28 spreads or so
+    expected = {"float64, mean twice": 1, "exact": 1}
+    assert levels(name, params, x, dy) == {"forward": expected, "backward": expected}
+    check(name, run(MAKE[name](params), x, dy), exact(name, params, x, dy), 0.51)
 
 
 @EACH
