@@ -145,7 +145,7 @@ class Exact:
         """
         if power is None:
             return self.layout.sum_over_rows(d)
-        if self.layout.adds:
+        if not self.layout.per_channel:
             xp = array_module(power)
             shared = xp.max(xp.where(power < 0, power, 0 * power))
             return multiply(self.layout.sum_over_rows(multiply(d, power - shared)), shared)

@@ -29,11 +29,8 @@ class Layout:
         The ranks over which each row is split; `SOLO` if this rank holds whole rows.
     """
 
-    period = 1
-    """After how many rows the parameters repeat. A block holds whole periods."""
-
     adds = False
-    """Whether the blocks of rows add to one gradient; otherwise each block has gradients of its own rows."""
+    """Whether the blocks of rows add to one gradient; otherwise each block has a part of its own."""
 
     is_flat = False
     """Whether a parameter of one axis meets each row as it is."""
@@ -66,8 +63,12 @@ class Layout:
         """Return rows in the shape of `x`."""
         return array_module(x).reshape(rows, x.shape)
 
+    def starts(self, count: int, most: int) -> list[int]:
+        """Return where blocks begin, of at most so many rows, or as few as the layout allows. The last is the end."""
+        return [*range(0, count, max(1, most)), count]
+
     def param_to_rows(self, param: Array, start: int, stop: int) -> Any:
-        """Return a parameter so that it broadcasts with the rows from `start` to `stop`."""
+        """Return a parameter so that it broadcasts with the rows of a block, from `start` to `stop`."""
         raise NotImplementedError
 
     def sum_over_rows(self, d: Array) -> Any:
@@ -159,21 +160,25 @@ class Groups(Features):
 
     def __init__(self, layer: str, group: Group, groups: int) -> None:
         super().__init__(layer, group if groups == 1 else SOLO)
-        self.period = max(1, groups // group.size)  # the groups that this rank holds
+        self.groups = max(1, groups // group.size)  # that this rank holds
 
     def to_rows(self, x: Array) -> Any:
         """Return `x` in the shape (rows of x times groups, features of a group)."""
-        return array_module(x).reshape(contiguous(x), (-1, x.shape[-1] // self.period))
+        return array_module(x).reshape(contiguous(x), (-1, x.shape[-1] // self.groups))
+
+    def starts(self, count: int, most: int) -> list[int]:
+        """Return where blocks begin: each with the first group."""
+        return super().starts(count, most // self.groups * self.groups or self.groups)
 
     def param_to_rows(self, param: Array, start: int, stop: int) -> Any:
-        """Return the parameters of each row's group. A block of rows starts with the first group."""
+        """Return the parameters of each row's group."""
         xp = array_module(param)
-        return xp.tile(xp.reshape(param, (self.period, -1)), ((stop - start) // self.period, 1))
+        return xp.tile(xp.reshape(param, (self.groups, -1)), ((stop - start) // self.groups, 1))
 
     def sum_over_rows(self, d: Array) -> Any:
         """Return the sum over the rows of x in a block."""
         xp = array_module(d)
-        return xp.sum(xp.reshape(d, (-1, self.period, d.shape[1])), axis=0)
+        return xp.sum(xp.reshape(d, (-1, self.groups, d.shape[1])), axis=0)
 
 
 class Samples(Features):
@@ -188,6 +193,13 @@ class Samples(Features):
         self.rows_of_sample = math.prod(x.shape[1:-1])
         self.samples = x.shape[0]
 
+    def starts(self, count: int, most: int) -> list[int]:
+        """Return where blocks begin: each holds whole samples, or a part of one."""
+        each = self.rows_of_sample
+        if most >= each:
+            return super().starts(count, most // max(1, each) * each)
+        return [i + j for i in range(0, count, each) for j in range(0, each, max(1, most))] + [count]
+
     def param_to_rows(self, param: Array, start: int, stop: int) -> Any:
         """Return the parameters of each row's sample, of shape (rows, features)."""
         each = self.rows_of_sample
@@ -198,13 +210,14 @@ class Samples(Features):
         return repeated[start - first * each : stop - first * each, ...]
 
     def sum_over_rows(self, d: Array) -> Any:
-        """Return the rows: each block may end within a sample."""
-        return d
+        """Return the sum over the rows of each sample in a block, or of its part of one."""
+        each = max(1, min(self.rows_of_sample, d.shape[0]))
+        return array_module(d).sum(array_module(d).reshape(d, (d.shape[0] // each, each, d.shape[1])), axis=1)
 
     def to_param(self, total: Array, param: Array) -> Any:
-        """Return the sum over the rows of each sample."""
-        xp = array_module(param)
-        return xp.sum(xp.reshape(total, (self.samples, self.rows_of_sample, param.shape[1])), axis=1)
+        """Return the sum over the parts of each sample."""
+        xp, parts = array_module(param), total.shape[0] // max(1, self.samples)
+        return xp.sum(xp.reshape(total, (self.samples, parts, param.shape[1])), axis=1)
 
 
 class Channels(Layout):

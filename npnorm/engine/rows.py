@@ -11,6 +11,7 @@ complex arrays, rows that are split over ranks, formulas that are not linear) is
 the blocks' sums, in their order, and the blocks depend on the shape alone.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -342,11 +343,11 @@ class Rows:
     def _blocks(self, rows: Array, level: int | None) -> tuple[list[slice], list[list[slice]]]:
         """Return the blocks of rows, and the same in tasks for threads; they depend on the shape alone."""
         count, width = rows.shape[0], max(1, self.layout.local_size(rows))
-        step = max(1, count)
-        if array_module(rows) is np and self.layout.local:
+        starts = [0, count]
+        if array_module(rows) is np and self.layout.local and count:
             size = EXACT_BLOCK // 8 if level is None else BLOCK // np.dtype(self.levels.levels[level].work).itemsize
-            step = max(1, size // (width * self.layout.period)) * self.layout.period
-        blocks = [slice(start, min(start + step, count)) for start in range(0, max(1, count), step)]
+            starts = self.layout.starts(count, size // width)
+        blocks = [slice(start, stop) for start, stop in itertools.pairwise(starts)]
         each = -(-len(blocks) // TASKS)
         return blocks, [blocks[i : i + each] for i in range(0, len(blocks), each)]
 

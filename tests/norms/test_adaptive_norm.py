@@ -1,5 +1,6 @@
 import time
 import timeit
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -122,3 +123,30 @@ def test_four_times_the_samples_take_about_four_times_as_long():
         call = partial(layer.forward, part, part, part)
         times.append(min(timeit.repeat(call, number=1, repeat=5, timer=time.process_time)))
     assert times[1] < 10 * times[0]  # each block once converted all samples: 16 times
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 100])
+def test_blocks_may_hold_parts_of_samples_or_several(rows, monkeypatch):
+    x, dy, scale, shift = (a.astype("float32") for a in arrays(12))
+    layer, found = AdaptiveNorm(LayerNorm()), []
+    for block in (None, 8 * 7 * rows):
+        if block:
+            monkeypatch.setattr("npnorm.engine.rows.EXACT_BLOCK", block)
+        y, saved = layer.forward(x, scale, shift)
+        found.append((y, *layer.backward(dy, saved)[0]))
+    for i, (whole, parts) in enumerate(zip(*found, strict=True)):
+        if i < 2:  # y and dx
+            same_bits(parts, whole)
+        else:
+            close(parts, whole, 1e-6)
+
+
+def test_the_gradients_of_scale_and_shift_take_little_memory():
+    x = np.random.default_rng(13).standard_normal((4, 512, 512), dtype="float32")
+    layer, condition = AdaptiveNorm(LayerNorm()), x[:, 0]
+    _, saved = layer.forward(x, condition, condition)
+    tracemalloc.start()
+    (dx, _, _), _ = layer.backward(x, saved)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak - dx.nbytes < 16 * 2**20  # the terms of both sums are 16 MiB
