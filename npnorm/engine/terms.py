@@ -51,7 +51,6 @@ class Terms:
     """A sum of products, of the shape of a block of rows."""
 
     __slots__ = ("block", "terms")
-    __array_ufunc__ = None  # NumPy leaves the operators to this class
 
     def __init__(self, block: "Block", terms: tuple[Term, ...]) -> None:
         self.block, self.terms = block, terms
@@ -96,13 +95,41 @@ class Terms:
     def __truediv__(self, other: Any) -> "Terms":
         return self * (1 / other)
 
-    def __array_namespace__(self, api_version: str | None = None) -> Any:
-        raise NotLinear("the formula has a function of an array")
+    def __array_ufunc__(self, ufunc: Any, method: str, a: Any, b: Any = None, **settings: Any) -> "Terms":
+        """Return a sum or product with a NumPy array that stands first."""
+        operation = REFLECTED.get(ufunc)
+        if operation is None or method != "__call__" or settings or not isinstance(b, Terms):
+            raise NotLinear("the formula has a function of an array")
+        return operation(b, a)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__array_namespace__":
+            raise AttributeError(name)
+        raise NotLinear(f"the formula asks an array for {name}")
+
+    def _not_linear(self, *other: Any) -> Any:
+        raise NotLinear("the formula has an operation that is no sum or product")
+
+    __pow__ = __rpow__ = __abs__ = __matmul__ = __rmatmul__ = __mod__ = __rmod__ = __floordiv__ = _not_linear
+    __rtruediv__ = __rfloordiv__ = __getitem__ = __iter__ = __len__ = __bool__ = __float__ = _not_linear
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _not_linear
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"{tuple(self.block.shape)} as a sum of {len(self.terms)} products, not formed yet"
 
     def without(self, other: "Terms") -> "Terms":
         """Return these terms without those that have the arrays of the other."""
         arrays = [term[2:] for term in other.terms]
         return Terms(self.block, tuple(t for t in self.terms if not any(t[2] is a and t[3] is b for a, b in arrays)))
+
+
+REFLECTED: dict[Any, Callable[[Terms, Any], Terms]] = {
+    np.multiply: Terms.__rmul__,
+    np.add: Terms.__radd__,
+    np.subtract: Terms.__rsub__,
+}
+"""What NumPy asks for where an array stands before terms."""
 
 
 def _product(p: Term, q: Term) -> Term:

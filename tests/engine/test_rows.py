@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from npnorm import LayerNorm, RMSNorm
+from npnorm.engine import Features, Formula, Rows
+from npnorm.group import SOLO
+from npnorm.norms import rms_norm
 from tests.check import close, draw, exact_norm, run, same_bits
 
 NORMS = pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
@@ -113,3 +116,47 @@ def test_the_buffer_size_of_the_caller_stays(norm):
     layer = norm(np.ones(1024))
     layer.backward(x, layer.forward(x)[1])
     assert np.getbufsize() == before
+
+
+MEAN_SQUARES = {
+    "a power": lambda row, x: row.mean(x**2),
+    "magnitudes": lambda row, x: row.mean(abs(x) * abs(x)),
+    "a ufunc": lambda row, x: row.mean(np.square(x)),
+    "a ufunc of two": lambda row, x: row.mean(np.power(x, 2)),
+    "a method": lambda row, x: (x * x).mean(-1, keepdims=True),
+    "a NumPy function": lambda row, x: np.mean(x * x, -1, keepdims=True),
+    "a part": lambda row, x: row.mean(x[...] * x),
+    "a quotient": lambda row, x: row.mean(1 / (1 / x / x)),
+    "a comparison": lambda row, x: row.mean(x * np.where(x > 0, x, x)),
+    "a product of three": lambda row, x: row.mean(x * x * (x * x)) / row.mean(x * x),
+}
+
+
+@pytest.mark.parametrize("what", MEAN_SQUARES)
+@pytest.mark.parametrize("compute", ["float32", "float64"])
+def test_a_formula_may_ask_an_array_for_anything_that_arrays_have(what, compute):
+    def forward(row, x, w, b):
+        rstd = 1 / np.sqrt(MEAN_SQUARES[what](row, x) + row.eps)
+        return x * rstd * w + b, (rstd,)
+
+    rng = np.random.default_rng(21)
+    x, dy = rng.standard_normal((2, 6, 64)).astype("float32")
+    found = []
+    for a in (x, x.astype("float64")):
+        formula = Formula(forward, rms_norm.backward, None)
+        rows = Rows(Features("a norm", SOLO), formula, 1e-5, compute if a is x else None)
+        y, statistics, _ = rows.forward(a, {})
+        found.append((y, rows.backward(dy.astype(a.dtype), a, {}, statistics, None)[0]))
+    for narrow, wide in zip(*found, strict=True):
+        same_bits(narrow, wide.astype("float32"))
+
+
+def test_what_a_debugger_shows_of_an_array_says_what_it_is():
+    seen = []
+
+    def forward(row, x, w, b):
+        seen.append(repr(x * 2 + 1))
+        return x * w + b, ()
+
+    Rows(Features("a norm", SOLO), Formula(forward, None, None), 0).forward(np.ones((3, 64), "float32"), {})
+    assert seen == ["(3, 64) as a sum of 2 products, not formed yet"]
