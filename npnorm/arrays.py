@@ -276,6 +276,18 @@ def dot(x: Any, y: Any) -> Any:
     return sum(np.vecdot(x[..., i : i + PIECE], y[..., i : i + PIECE]) for i in cuts)
 
 
+def largest(x: Any) -> Any:
+    """Return the largest magnitude of each row of (rows, ...), of shape (rows, 1, ...).
+
+    Examples
+    --------
+    >>> largest(np.array([[1.0, -3.0], [0.0, 2.0]]))
+    array([[3.],
+           [2.]])
+    """
+    return array_module(x).max(abs(x), axis=tuple(range(1, x.ndim)), keepdims=True)
+
+
 def transpose(x: Array) -> Any:
     """Return `x` with its last two axes exchanged."""
     return array_module(x).matrix_transpose(x)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from npnorm.arrays import Array, array_module, contiguous, dtype_name, to_numpy
-from npnorm.engine.exact import Exact, change, flatten
+from npnorm.engine.exact import Exact, flatten, map_statistics
 from npnorm.engine.levels import Level, of_rows
 from npnorm.engine.row import Absent
 from npnorm.engine.statistics import Mean
@@ -95,8 +95,8 @@ def backward(
     xp, work = array_module(arrays[1]), level.work
     own = _some(arrays[1], ROWS)
     _, x, *plus = (a[own] for a in arrays)
-    w, given = of_rows(params, own), change(lambda a: a[own], statistics)
-    wide, given_wide = [_in_float64(a) for a in w], change(_in_float64, given)
+    w, given = of_rows(params, own), map_statistics(lambda a: a[own], statistics)
+    wide, given_wide = [_in_float64(a) for a in w], map_statistics(_in_float64, given)
     of_x = [contiguous(a, xp.float64) for a in (x, *plus)]
     hard = _hard_rows(tuple(x.shape[1:]), x.dtype)[: None if guarded else ORDINARY]
     numbers = flatten(given_wide)
@@ -111,7 +111,7 @@ def backward(
         d_y, rows = contiguous(dy, xp.float64), xp.asarray(np.flatnonzero(kept))
         (d,), _ = exact.backward([d_y, of_x[0]], wide, given_wide, None, True)
         _agree("dx", dx, d + of_x[1] if plus else d, kept, dtype_name(x), work)
-        kept_given = of_rows(wide, rows), change(lambda a: a[rows], given_wide)  # noqa: B023
+        kept_given = of_rows(wide, rows), map_statistics(lambda a: a[rows], given_wide)  # noqa: B023
         _, expected = exact.backward([d_y[rows], of_x[0][rows]], *kept_given, None, True)
         largest = float(xp.max(abs(d_y[rows])))
         for a, b in zip(sums, (b for b, has in zip(expected, there, strict=True) if has), strict=True):

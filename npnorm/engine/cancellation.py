@@ -9,7 +9,7 @@ Ogita, Siegfried M. Rump and Shin'ichi Oishi, "Accurate Sum and Dot Product", SI
 import math
 from typing import Any
 
-from npnorm.arrays import Array, array_module, dot, dtype_name
+from npnorm.arrays import Array, array_module, dot, dtype_name, largest
 from npnorm.engine.statistics import Mean, subtract
 
 FIRST = {True: 2.0**-30, False: 0.25}
@@ -82,7 +82,7 @@ def dx_without_cancellation(
     size = (1 / rstd) * (1 / rstd)
     lost = _dot(row, dx, dx) * size < _dot(row, dz, dz) * FIRST[row.low_precision]
     for factor in row.factors:
-        factor = factor / _largest(row, factor)
+        factor = factor / largest(factor)
         a, b = dx * factor, dz * factor
         lost = lost | (_dot(row, a, a) * size < _dot(row, b, b) * FIRST[row.low_precision])
     lost = xp.reshape(lost, (-1,))
@@ -117,7 +117,7 @@ def dx_where_it_cancels(row: Any, dy: Array, x: Array, w: Array, statistics: tup
     rest = 0.0 if row.low_precision or not getattr(w, "ndim", 0) else two_product(dy, w)[1]
     rows = xp.reshape(xp.ones_like(rstd, dtype=xp.bool), (-1,))
     if mean is not None:  # of a constant dz nothing is left
-        rows = ~(_constant(row, dz) & _constant(row, rest))
+        rows = ~(is_constant(dz) & is_constant(rest))
     dx = xp.zeros_like(dz)
     for steps in (3,) if not row.low_precision else (1, 3) if mean is None else (0, 1, 3):
         if bool(xp.all(rows)):
@@ -144,19 +144,22 @@ def _dot(row: Any, a: Array, b: Array) -> Array:
     return xp.reshape(dot(xp.reshape(a, flat), xp.reshape(b, flat)), (a.shape[0], *[1] * (a.ndim - 1)))
 
 
-def _largest(row: Any, a: Array) -> Array:
-    xp = array_module(a)
-    flat = xp.reshape(abs(a), (a.shape[0], row.layout.local_size(a)))
-    return xp.reshape(xp.max(flat, axis=-1), (a.shape[0], *[1] * (a.ndim - 1)))
+def is_constant(a: Any) -> Any:
+    """Return which rows have one number throughout, of shape (rows,); of numbers that all rows share, whether these do.
 
-
-def _constant(row: Any, a: Any) -> Any:
-    """Return which rows have one number throughout, of shape (rows,)."""
-    if not getattr(a, "ndim", 0):
+    Examples
+    --------
+    >>> import numpy as np
+    >>> is_constant(np.array([[1.0, 1.0], [1.0, 2.0]])), is_constant(np.ones(2))
+    (array([ True, False]), True)
+    """
+    xp: Any = array_module(a) if getattr(a, "ndim", 0) else None
+    if xp is None:
         return True
-    xp = array_module(a)
-    flat = xp.reshape(a, (a.shape[0], row.layout.local_size(a)))
-    return xp.max(flat, axis=-1) == xp.min(flat, axis=-1)
+    if a.ndim == 1:
+        return bool(xp.all(a == a[0]))
+    axes = tuple(range(1, a.ndim))
+    return xp.max(a, axis=axes) == xp.min(a, axis=axes)
 
 
 class _Plane:

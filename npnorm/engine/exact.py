@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from npnorm.arrays import Array, array_module, dtype_name
+from npnorm.arrays import Array, array_module, dtype_name, largest
 from npnorm.engine.layout import Layout
 from npnorm.engine.row import Absent, Row, absent
 from npnorm.engine.statistics import Mean
@@ -57,7 +57,7 @@ def flatten(statistics: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(part for s in statistics for part in (s if isinstance(s, Mean) else (s,)))
 
 
-def change(f: Callable[..., Any], *of: tuple[Any, ...]) -> tuple[Any, ...]:
+def map_statistics(f: Callable[..., Any], *of: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return statistics with `f` applied to each array, or to the matching arrays of several."""
     return tuple(Mean(*map(f, *s)) if isinstance(s[0], Mean) else f(*s) for s in zip(*of, strict=True))
 
@@ -83,7 +83,7 @@ class Exact:
         """Return the rows as a formula sees them, which were divided by 2^exponent."""
         eps: Any = self.eps
         if exponent is not None:
-            eps = divide(divide(array_module(exponent).full_like(exponent, self.eps), exponent), exponent)
+            eps = scale_down(scale_down(array_module(exponent).full_like(exponent, self.eps), exponent), exponent)
         low_precision = low_precision and self.formula.measured is None  # what is measured may be wider than x
         return Row(self.layout, eps, self.form, low_precision, given)
 
@@ -110,7 +110,9 @@ class Exact:
             if found is None:
                 break
             exponent = found
-            y, statistics = self.formula.forward(self.row(exponent, given=given), divide(x, exponent), *others, *params)
+            y, statistics = self.formula.forward(
+                self.row(exponent, given=given), scale_down(x, exponent), *others, *params
+            )
         return y, statistics, exponent
 
     def backward(
@@ -128,15 +130,15 @@ class Exact:
         """
         dy, x, *others = arrays
         q = None if low_precision else self._dy_out_of_range(dy, params)
-        row, dy, scaled = self.row(exponent, low_precision, given), divide(dy, q), divide(x, exponent)
+        row, dy, scaled = self.row(exponent, low_precision, given), scale_down(dy, q), scale_down(x, exponent)
         dx, *rest = self.formula.backward(row, dy, scaled, *others, *params, *statistics)
         gradients, dparams = rest[: len(others)], rest[len(others) :]
         powers: list[Any] = [q] * len(dparams)
         if exponent is not None:
             dparams, powers = self._of_subnormal_z(row, dy, scaled, others, params, statistics, dparams, q)
-        dx = divide(dx, exponent if q is None else -q if exponent is None else exponent - q)
+        dx = scale_down(dx, exponent if q is None else -q if exponent is None else exponent - q)
         sums = [self._sum(d, power) for d, power in zip(dparams, powers, strict=True)]
-        return [dx, *(multiply(d, q) for d in gradients)], sums
+        return [dx, *(scale_up(d, q) for d in gradients)], sums
 
     def _sum(self, d: Array, power: Array | None) -> Array:
         """Return the block's part of a gradient, the sums of d 2^power, for the power of each row.
@@ -148,9 +150,9 @@ class Exact:
         if not self.layout.per_channel:
             xp = array_module(power)
             shared = xp.max(xp.where(power < 0, power, 0 * power))
-            return multiply(self.layout.sum_over_rows(multiply(d, power - shared)), shared)
+            return scale_up(self.layout.sum_over_rows(scale_up(d, power - shared)), shared)
         total = self.layout.sum_over_rows(d)
-        return multiply(total, array_module(power).reshape(power, (-1, *[1] * (total.ndim - 1))))
+        return scale_up(total, array_module(power).reshape(power, (-1, *[1] * (total.ndim - 1))))
 
     def _of_subnormal_z(
         self,
@@ -171,15 +173,17 @@ class Exact:
         as_they_are: tuple[list[Array], list[Array | None]] = dparams, [q] * len(dparams)
         if not self.layout.local:
             return as_they_are
-        xp, top = array_module(x), largest(row, x)
+        xp, top = array_module(x), _largest(row, x)
         size = top * statistics[-1]
         tiny = (size > 0) & (size < 2.0**-SAFE)
         if not bool(xp.any(tiny)):
             return as_they_are
         j = xp.floor(xp.log2(xp.where(tiny, size, xp.ones_like(size))))
         j = xp.where(top == 0, xp.min(j), j)  # rows of zeros share the power of the others
-        raised = tuple(Mean(divide(s.high, j), divide(s.low, j)) if isinstance(s, Mean) else s for s in statistics)
-        _, *rest = self.formula.backward(row, dy, divide(x, j), *others, *params, *raised)
+        raised = tuple(
+            Mean(scale_down(s.high, j), scale_down(s.low, j)) if isinstance(s, Mean) else s for s in statistics
+        )
+        _, *rest = self.formula.backward(row, dy, scale_down(x, j), *others, *params, *raised)
         linear_in_z = [name in self.formula.read for name in self.formula.params]
         found = zip(linear_in_z, dparams, rest[len(others) :], strict=True)
         both = j if q is None else j + q
@@ -193,7 +197,7 @@ class Exact:
             out |= size * size * self.eps > 1 - 2.0 ** -(SAFE // 10)  # x is small beside eps, maybe subnormal
         if not self._any(out):
             return None
-        top = largest(row, x)
+        top = _largest(row, x)
         usable = _outside(top) & (top > 0) & (top < math.inf)
         if not self._any(usable):
             return None
@@ -221,7 +225,7 @@ class Exact:
         """
         if not self.layout.local or dtype_name(dy) != "float64":
             return None
-        xp, top = array_module(dy), largest(self.row(), dy)
+        xp, top = array_module(dy), _largest(self.row(), dy)
         w = params[0] if params else None
         of_w = xp.max(abs(w)) if w is not None and not isinstance(w, (Absent, float)) and w.size else xp.ones_like(top)
         usable = (top > 0) & (top < math.inf) & (of_w > 0) & (of_w < math.inf)
@@ -239,20 +243,16 @@ class Exact:
         return bool(layout.group.max(xp.astype(xp.any(flags), xp.float64), label=layout.layer) > 0)
 
 
-def largest(row: Row, rows: Array) -> Array:
+def _largest(row: Row, rows: Array) -> Array:
     """Return the largest magnitude of each row, over all ranks, of shape (rows, 1, ...)."""
-    xp, count, layout = array_module(rows), rows.shape[0], row.layout
-    size = layout.local_size(rows)
-    if not size:
-        top = abs(row.local_sum(rows))
-    else:
-        top = xp.reshape(xp.max(abs(xp.reshape(rows, (count, size))), axis=-1), (count, *[1] * (rows.ndim - 1)))
+    layout = row.layout
+    top = largest(rows) if layout.local_size(rows) else abs(row.local_sum(rows))  # of nothing 0
     if layout.local:
         return top
     return layout.from_message(layout.group.max(layout.to_message(top), label=layout.layer))
 
 
-def divide(x: Array, k: Array | None) -> Array:
+def scale_down(x: Array, k: Array | None) -> Array:
     """Return x / 2^k, in two steps, since 2^k itself may be out of range."""
     if k is None:
         return x
@@ -262,9 +262,9 @@ def divide(x: Array, k: Array | None) -> Array:
     return x * 2.0**-half * 2.0 ** (half - k)
 
 
-def multiply(x: Array, k: Array | None) -> Array:
+def scale_up(x: Array, k: Array | None) -> Array:
     """Return x 2^k."""
-    return x if k is None else divide(x, -k)
+    return x if k is None else scale_down(x, -k)
 
 
 def _outside(size: Array) -> Array:

@@ -26,7 +26,7 @@ class _Counting(Guards):
     def lost_backward(self, *given: Any) -> Lost | None:
         lost = super().lost_backward(*given)
         if lost is not None:
-            self._add(self.again, lost.all)
+            self._add(self.again, lost.rows)
             self._add("dx again", lost.dx)
         return lost
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, contiguous
+from npnorm.arrays import Array, array_module, contiguous, largest
 
 LOW_PRECISION = ("float16", "bfloat16", "float32")
 """The dtypes whose squares float64 holds, with digits to spare."""
@@ -66,7 +66,7 @@ x - mean(x), of an x of 24 digits, has then lost nothing, and the mean of the di
 class Lost(NamedTuple):
     """Which rows lost digits backward, of shape (rows,); None if no row did."""
 
-    all: Any  # in all results
+    rows: Any  # in all results
     dx: Any  # in dx alone, since little is left of dz
 
 
@@ -182,8 +182,8 @@ class Guards:
         lost = ~((rstd > self.low) & (rstd < self.high))
         if self.beside_eps == math.inf or not bool(array_module(rstd).any(rstd >= self.beside_eps)):
             return lost
-        largest = _largest(x)
-        return lost | ((rstd >= self.beside_eps) & (largest > 0) & (largest <= self.limits.tiny))
+        top = _largest(x)
+        return lost | ((rstd >= self.beside_eps) & (top > 0) & (top <= self.limits.tiny))
 
 
 def all_between(a: Array, low: float, high: float) -> bool:
@@ -204,8 +204,7 @@ def all_between(a: Array, low: float, high: float) -> bool:
 def _largest(x: Array) -> Array:
     """Return the largest magnitude of each row; in float64, since a GPU takes subnormal float32 for zeros."""
     xp = array_module(x)
-    x = x if xp is np else contiguous(x, xp.float64)
-    return xp.max(abs(x), axis=tuple(range(1, x.ndim)), keepdims=True)
+    return largest(x if xp is np else contiguous(x, xp.float64))
 
 
 def _rows(xp: Any, lost: Array) -> Any:

@@ -10,29 +10,29 @@ x - mean(x). `npnorm.engine.guards` says after each level which rows go on to th
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from npnorm.arrays import contiguous, round_to
-from npnorm.engine.cancellation import dx_where_it_cancels
-from npnorm.engine.exact import Exact, change, flatten
+from npnorm.engine.cancellation import dx_where_it_cancels, is_constant
+from npnorm.engine.exact import Exact, flatten, map_statistics
 from npnorm.engine.guards import LIMITS, Guards
-from npnorm.engine.row import Absent
 from npnorm.engine.terms import Block, BlockRow, Terms
 from npnorm.threads import scratch
 
 SMALL = 1 << 14
 """The elements of a block up to which new memory costs less than to look for what a thread keeps."""
 
-PIECE = 1 << 18
+AGAIN = 1 << 18
 """The elements of rows that are evaluated again at a time."""
 
-EXACT_PIECE = 1 << 16
+EXACTLY_AGAIN = 1 << 16
 """The same for the exact evaluation, which has some 15 arrays of this size at a time."""
 
-Rows = Any
-"""A slice, or an array of numbers of rows."""
+Some = Any
+"""Some of the rows: a slice, or an array of numbers of rows."""
 
 
 class Level(NamedTuple):
@@ -54,7 +54,7 @@ class Given(NamedTuple):
     dx: Any
     there: list[bool]  # which of the formula's parameters the norm has
 
-    def of(self, rows: Rows, in_float64: bool = True) -> "Given":
+    def of(self, rows: Some, in_float64: bool = True) -> "Given":
         """Return the same of some of the rows; their dx is new memory, if they are not neighbours."""
         dy, x, plus, params, statistics, dx, there = self
         params = of_rows(params, rows)
@@ -62,15 +62,15 @@ class Given(NamedTuple):
             dy[rows],
             x[rows],
             None if plus is None else plus[rows],
-            _in_float64(params) if in_float64 else params,
-            change(lambda a: a[rows], statistics),
+            in_dtype(params, np.float64) if in_float64 else params,
+            map_statistics(lambda a: a[rows], statistics),
             _result(dx, rows),
             there,
         )
 
     def has_constant_dz(self) -> np.ndarray:
         """Return in which rows all elements of dy and of the weight are equal, of shape (rows,)."""
-        return _is_constant(self.dy) & _is_constant(self.params[0])
+        return is_constant(self.dy) & is_constant(self.params[0])
 
 
 class Levels:
@@ -116,10 +116,12 @@ class Levels:
         lost = guards.lost_forward(x, statistics[-1], row.centred)
         if lost is None:
             return statistics
-        statistics = change(lambda a: a.astype(np.float64), statistics)
+        statistics = map_statistics(lambda a: a.astype(np.float64), statistics)
         for rows in self._pieces(lost, x, at + 1):
             y_again = _result(y, rows)
-            again = self.forward(x[rows], _in_float64(of_rows(params, rows)), of_rows(constants, rows), y_again, at + 1)
+            again = self.forward(
+                x[rows], in_dtype(of_rows(params, rows), np.float64), of_rows(constants, rows), y_again, at + 1
+            )
             _write(y, rows, y_again)
             for a, b in zip(flatten(statistics), flatten(again), strict=True):
                 a[rows] = b
@@ -135,11 +137,11 @@ class Levels:
             block = Block(self.layout, dx, work, memory.empty, True, centring)
             row, numbers = BlockRow(self.layout, self.eps, block), statistics
             if statistics[-1].dtype != block.numbers:
-                numbers = change(lambda a: a.astype(block.numbers), statistics)
+                numbers = map_statistics(lambda a: a.astype(block.numbers), statistics)
             result, *grads = self.formula.backward(row, block.array(dy, "dy"), block.array(x, "x"), *params, *numbers)
             if plus is not None:
                 result = result + block.array(plus, "plus")
-            sums = [self._sum(block, d) for d, has in zip(grads, there, strict=True) if has]
+            sums = [self._sum(block, d) for d in compress(grads, there)]
             square = block.write(result, row.cancelling and row.cancelling.dz)
         squares = row.cancelling and (square, row.cancelling.left)
         lost = guards.lost_backward(dy, x, numbers[-1], row.means, squares)
@@ -147,16 +149,16 @@ class Levels:
             return sums
         if lost.dx is not None:
             self._dx_again(lost.dx, given, row, at + 1)
-        if lost.all is not None:
-            sums = self._sums_of_others(lost.all, sums, given, at)
-            self._again(lost.all, given, sums, at + 1, work == "float32" and squares is not None)
+        if lost.rows is not None:
+            sums = self._sums_of_others(lost.rows, sums, given, at)
+            self._again(lost.rows, given, sums, at + 1, work == "float32" and squares is not None)
         return sums
 
     def _exact_backward(self, given: Given) -> list[np.ndarray]:
         dy, x, plus, params, statistics, dx, there = given
         (d,), sums = self.exact.backward([contiguous(a, np.float64) for a in (dy, x)], params, statistics, None, True)
         dx[...] = round_to(d if plus is None else d + contiguous(plus, np.float64), dx.dtype)
-        return [a for a, has in zip(sums, there, strict=True) if has]
+        return list(compress(sums, there))
 
     def _dx_again(self, lost: np.ndarray, given: Given, row: BlockRow, at: int) -> None:
         """Write dx of rows in which it cancels. What their gradients add to those of the parameters is right."""
@@ -216,45 +218,35 @@ class Levels:
             return self.layout.sum_over_rows(d)
         return block.sum_of_channels(d) if block.per_channel else block.sum_of_columns(d)
 
-    def _pieces(self, lost: np.ndarray, x: np.ndarray, level: int) -> Iterator[Rows]:
+    def _pieces(self, lost: np.ndarray, x: np.ndarray, level: int) -> Iterator[Some]:
         """Yield the rows that lost digits, few at a time; neighbours as a slice, which copies nothing."""
         rows = np.flatnonzero(lost)
-        step = max(1, (PIECE if level < len(self.levels) else EXACT_PIECE) // max(1, x[0].size))
+        step = max(1, (AGAIN if level < len(self.levels) else EXACTLY_AGAIN) // max(1, x[0].size))
         for i in range(0, len(rows), step):
             some = rows[i : i + step]
             first, last = int(some[0]), int(some[-1])
             yield slice(first, last + 1) if last - first + 1 == len(some) else some
 
 
-def of_rows(params: Any, rows: Rows) -> list[Any]:
+def of_rows(params: Any, rows: Some) -> list[Any]:
     """Return parameters as some of the rows meet them; those that all rows share as they are."""
     key = (rows, ...) if isinstance(rows, slice) else rows
     return [a[key] if getattr(a, "ndim", 0) > 1 else a for a in params]
 
 
-def _in_float64(params: list[Any]) -> list[Any]:
-    """Return parameters in float64."""
-    return [a if isinstance(a, Absent) else a.astype(np.float64, copy=False) for a in params]
+def in_dtype(params: list[Any], dtype: Any) -> list[Any]:
+    """Return parameters in a working precision; what stands for one that the norm does not have as it is."""
+    return [contiguous(a, dtype) if getattr(a, "ndim", 0) else a for a in params]
 
 
-def _is_constant(a: Any) -> Any:
-    """Return which rows of an array have one number throughout; of numbers that all rows share, whether these do."""
-    if isinstance(a, Absent):
-        return True
-    if a.ndim == 1:
-        return bool((a == a[0]).all())
-    axes = tuple(range(1, a.ndim))
-    return a.max(axis=axes) == a.min(axis=axes)
-
-
-def _result(out: Any, rows: Rows) -> Any:
+def _result(out: Any, rows: Some) -> Any:
     """Return memory for some rows of the result, if it is wanted: these rows themselves, if they are neighbours."""
     if out is None:
         return None
     return out[rows] if isinstance(rows, slice) else np.empty((len(rows), *out.shape[1:]), out.dtype)
 
 
-def _write(out: Any, rows: Rows, result: Any) -> None:
+def _write(out: Any, rows: Some, result: Any) -> None:
     """Write what `_result` gave memory for, unless this is part of `out`."""
     if result is not None and not isinstance(rows, slice):
         out[rows] = result

@@ -6,12 +6,13 @@ Where it has none, and where they do not work, this file does without them.
 """
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 from npnorm.arrays import Array, array_module, contiguous, is_cuda, round_to
-from npnorm.engine.exact import Exact, change, flatten
+from npnorm.engine.exact import Exact, flatten, map_statistics
 from npnorm.engine.guards import Guards
-from npnorm.engine.levels import Given, Level, of_rows
+from npnorm.engine.levels import Given, Level, in_dtype, of_rows
 from npnorm.engine.row import Row
 from npnorm.engine.statistics import Mean
 from npnorm.engine.terms import NotLinear
@@ -53,7 +54,7 @@ class OtherModules:
             return statistics
         values, own = self._exact_forward(x[lost], of_rows(params, lost), of_rows(constants, lost))
         y[lost] = round_to(values, y.dtype)
-        statistics = change(lambda a: xp.astype(a, xp.float64), statistics)
+        statistics = map_statistics(lambda a: xp.astype(a, xp.float64), statistics)
         for a, b in zip(flatten(statistics), flatten(own), strict=True):
             a[lost] = b
         return statistics
@@ -73,7 +74,7 @@ class OtherModules:
         if lost is None:
             return sums
         dy, x, plus = (None if a is None else a[lost] for a in arrays)
-        own_params, statistics = of_rows(params, lost), change(lambda a: a[lost], statistics)
+        own_params, statistics = of_rows(params, lost), map_statistics(lambda a: a[lost], statistics)
         if cancels and level.work == "float32":  # then rstd must be that of z to all digits
             statistics = self._exact_forward(x, self.formula.without_params(xp), ())[1]
         values, own = self._exact_backward((dy, x, plus), own_params, statistics, there)
@@ -89,7 +90,7 @@ class OtherModules:
 
     def _exact_forward(self, x: Any, params: list[Any], constants: Any) -> tuple[Array, tuple[Any, ...]]:
         float64 = array_module(x).float64
-        given = [*_in(float64, params), *constants]
+        given = [*in_dtype(params, float64), *constants]
         values, statistics, _ = self.exact.forward([contiguous(x, float64)], given, True, {"x": x})
         return values, statistics
 
@@ -103,10 +104,10 @@ class OtherModules:
         """Return dx in float64, and the sums for the parameters."""
         float64 = array_module(arrays[0]).float64
         dy, x, *plus = (contiguous(a, float64) for a in arrays if a is not None)
-        given = change(lambda a: array_module(a).astype(a, float64), statistics)
+        given = map_statistics(lambda a: array_module(a).astype(a, float64), statistics)
         came = dict(zip(("dy", "x"), arrays, strict=False))
-        (d,), sums = self.exact.backward([dy, x], _in(float64, params), given, None, True, came)
-        return (d + plus[0] if plus else d), _those(sums, there)
+        (d,), sums = self.exact.backward([dy, x], in_dtype(params, float64), given, None, True, came)
+        return (d + plus[0] if plus else d), list(compress(sums, there))
 
     # By kernels.
 
@@ -126,7 +127,9 @@ class OtherModules:
     ) -> tuple[tuple[Any, ...], Array | None]:
         """Write y; return the statistics, and the rows that lost digits."""
         xp, row = array_module(x), _Noted(self.layout, self.eps)
-        values, statistics = self.formula.forward(row, contiguous(x, xp.float32), *_in(xp.float32, params), *constants)
+        values, statistics = self.formula.forward(
+            row, contiguous(x, xp.float32), *in_dtype(params, xp.float32), *constants
+        )
         y[...] = round_to(values, y.dtype)
         if not statistics:
             return statistics, None
@@ -143,14 +146,14 @@ class OtherModules:
         """Write dx; return the sums over the rows that lost no digits, the others, and whether their dx may cancel."""
         xp, row = array_module(dx), _Noted(self.layout, self.eps)
         dy, x, *plus = (contiguous(a, xp.float32) for a in arrays if a is not None)
-        numbers = change(lambda a: xp.astype(a, xp.float32), statistics)
-        d, *grads = self.formula.backward(row, dy, x, *_in(xp.float32, params), *numbers)
+        numbers = map_statistics(lambda a: xp.astype(a, xp.float32), statistics)
+        d, *grads = self.formula.backward(row, dy, x, *in_dtype(params, xp.float32), *numbers)
         dx[...] = round_to(d + plus[0] if plus else d, dx.dtype)
         lost, sums = self._guards.lost_backward(arrays[0], arrays[1], numbers[-1], row.means, row.squares), []
-        rows = None if lost is None else lost.dx if lost.all is None else lost.all
-        if lost is not None and lost.all is not None and lost.dx is not None:
-            rows = lost.all | lost.dx
-        for a in _those(grads, there):
+        rows = None if lost is None else lost.dx if lost.rows is None else lost.rows
+        if lost is not None and lost.rows is not None and lost.dx is not None:
+            rows = lost.rows | lost.dx
+        for a in compress(grads, there):
             a = xp.astype(a, xp.float64)
             if rows is not None and self.layout.adds:
                 a = xp.where(xp.reshape(rows, (-1, 1)), xp.zeros_like(a), a)
@@ -184,12 +187,3 @@ class _Noted(Row):
         square = self.local_sum(dz * dz)
         self.squares = square, self.local_sum(dz * (dx / statistics[-1])) - square
         return dx
-
-
-def _those(sums: list[Array], there: list[bool]) -> list[Array]:
-    return [a for a, has in zip(sums, there, strict=True) if has]
-
-
-def _in(dtype: Any, params: list[Any]) -> list[Any]:
-    """Return parameters in a working precision; what stands for one that the norm does not have as it is."""
-    return [contiguous(a, dtype) if getattr(a, "ndim", 0) else a for a in params]

@@ -28,7 +28,7 @@ from npnorm.engine.arguments import (
     is_like,
     is_strided,
 )
-from npnorm.engine.exact import Exact, Formula, change, flatten
+from npnorm.engine.exact import Exact, Formula, flatten, map_statistics
 from npnorm.engine.guards import LIMITS, LOW_PRECISION, SHORT_FLOAT32, is_supported
 from npnorm.engine.layout import Layout
 from npnorm.engine.levels import Given, Levels, of_rows
@@ -314,7 +314,7 @@ class Rows:
 
         def evaluate(s: slice) -> list[Any]:
             arrays, of_plus = [a[s, ...] for a in rows], None if plus is None else plus[s, ...]
-            given = change(lambda a: a[s, ...], statistics)
+            given = map_statistics(lambda a: a[s, ...], statistics)
             if level is not None:
                 dy, x = arrays
                 return levels.backward(Given(dy, x, of_plus, own(s), given, outs[0][s, ...], there), level)
@@ -327,7 +327,7 @@ class Rows:
                 d[0] = d[0] + contiguous(of_plus, getattr(xp, dtype))
             for out, a in zip(outs, d, strict=True):
                 out[s, ...] = round_to(a, out.dtype)
-            return [a for a, has in zip(sums, there, strict=True) if has]
+            return list(itertools.compress(sums, there))
 
         def run(i: int) -> None:
             for s in tasks[i]:
@@ -509,7 +509,7 @@ def _joined(found: list[tuple[tuple[Any, ...], Array | None]]) -> tuple[tuple[An
         return found[0]
     statistics = [s for s, _ in found]
     xp = array_module(statistics[0][-1])
-    joined = change(lambda *a: xp.concat(a), *statistics)
+    joined = map_statistics(lambda *a: xp.concat(a), *statistics)
     if all(k is None for _, k in found):
         return joined, None
     return joined, xp.concat([xp.zeros_like(abs(s[-1])) if k is None else k for s, k in found])
