@@ -1,6 +1,7 @@
-"""How a formula over rows is evaluated: right over the whole range of the dtype, and fast. No mathematics of norms.
+"""How a formula over rows is evaluated: right over the whole range of the dtype, and fast.
 
-Read in this order:
+The mathematics of norms is not here, but on their pages. Read in this order; of `row`, what follows `difference` is
+for norms that cast, measure a part or multiply dx:
 
     layout         what a row is: features, groups of channels, a batch
     row            what a formula may ask of its rows: mean, centre, eps

@@ -35,12 +35,12 @@ class Limits(NamedTuple):
     mean: float  # the largest mean, in units of the spread
     folded_mean: float  # the same where var is mean(x^2) - mean(x)^2, and x - mean(x) is never formed
     constant: bool  # whether the mean of a constant row has no error
-    digits: float  # the error of 1 - eps rstd^2
-    size: int  # rstd is between 2^-size and 2^size
-    tiny: float  # the smallest largest |x| of a row beside eps, so that x rstd and dy x are in range; 0 is no harm
-    square: int  # |dz|^2 is between 2^-square and 2^square; 0 is no harm
-    left: float  # the least share of |dz|^2 that is left in dx; of dz along z, |dx| is this share of |dz|
-    mean_left: float  # what a mean adds to that share, by its square in units of the spread
+    digits: float  # by how much 1 - eps rstd^2 may be off
+    size: int  # rstd must be between 2^-size and 2^size
+    tiny: float  # below this all x of a row beside eps may be 0, but not smaller: x rstd and dy x lose digits
+    square: int  # |dz|^2 must be 0, or between 2^-square and 2^square
+    left: float  # the least sum of dz dx / rstd, in units of |dz|^2: what is left of dz in dx
+    mean_left: float  # what a mean adds to that, by its square in units of the spread
     weight: float  # the largest |w|
 
 
@@ -110,7 +110,7 @@ class Guards:
         return mean * mean - var * self.mean
 
     def far_of_saved(self, mean: Any, rstd: Any, eps: Any) -> Any:
-        """Return the same from what is saved: var rstd^2 is 1 - eps rstd^2, of which as much counts as is sure."""
+        """Return the same from what is saved: var rstd^2 is 1 - eps rstd^2, less what that may be off by."""
         square = rstd * rstd
         spread = (1 - self.limits.digits) - eps * square
         return mean * mean * square - (spread + abs(spread)) * (self.mean / 2)

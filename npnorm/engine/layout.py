@@ -33,7 +33,7 @@ class Layout:
     """Whether the blocks of rows add to one gradient; otherwise each block has a part of its own."""
 
     is_flat = False
-    """Whether a parameter of one axis meets each row as it is."""
+    """Whether a parameter of one axis meets each row as it is: a weight of 8 features a row of 8."""
 
     per_channel = False
     """Whether a parameter is one number for each channel, so that its product with a row's number is small."""
@@ -48,7 +48,7 @@ class Layout:
     """How many elements of a row the norm measures, if it does not measure all of them."""
 
     rows_differ = False
-    """Whether the ranks of the group hold parts of different rows."""
+    """Whether the ranks of the group hold parts of different rows, such as two groups of channels on 4 ranks."""
 
     def __init__(self, layer: str, group: Group) -> None:
         self.layer = layer

@@ -180,7 +180,7 @@ def accurate_where_dx_cancels(backward: Callable[..., Any]) -> Callable[..., Any
 
 
 def accurate_where_dx_cancels_without_eps(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Find dx by another way, as `accurate_where_dx_cancels`, for a norm that gives z the very length that it wants."""
+    """Find dx by another way, as `accurate_where_dx_cancels`, for a norm whose z has exactly the wanted length."""
     return _accurate(backward, lambda eps, rstd: 0 * rstd)
 
 

@@ -53,7 +53,7 @@ def local(row: Any, x: Array) -> Centred:
 
     xp, high = array_module(x), row.local_sum(x) / at_least_one
     found = around(high)
-    near_constant = abs(found.mean.low) > 2.0**-10 * sqrt(abs(found.var))  # the mean is off by more than x spreads
+    near_constant = abs(found.mean.low) > 2.0**-10 * sqrt(abs(found.var))  # the mean is off by more than 2^-10 spreads
     if bool(xp.any(near_constant)):
         found = around(high + xp.where(near_constant, found.mean.low, 0 * found.mean.low))
     return found

@@ -1,9 +1,9 @@
 """A block of rows whose products are formed only when they are summed or written: what makes a formula fast.
 
 Every norm that has a mean is linear in its arrays, with one number for each row (such as rstd) and one for each column
-(such as w). `Terms` is a sum of products row x column x array x array. Numbers for rows and columns are plain arrays,
-which are computed at once, where the formula computes them. The large products wait: a sum over a row is a `vecdot`,
-which needs no product in memory; y and dx are written in place, once they are known. The page's own formula is called
+(such as w). `Terms` is a sum of products row x column x array x array. The numbers for rows and columns are plain
+arrays: the formula computes them at once. The large products wait: a sum over a row is a `vecdot`, which needs no
+product in memory; y and dx are written in place, once they are known. The page's own formula is called
 with `BlockRow` and `Terms`, as it is called with `Row` and plain arrays; a debugger steps through its lines.
 
     Features         row (rows, 1), column (features,): their product is as large as x, and both are kept apart
