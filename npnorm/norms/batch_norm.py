@@ -75,7 +75,7 @@ def forward(row: Row, x: Array, w: Array, b: Array) -> tuple[Array, tuple[Mean, 
 def backward(
     row: Row, dy: Array, x: Array, w: Array, mean: Mean, var: Array, n: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
-    """Return dx, dw and db."""
+    """Return dx, dw and db; var is there for `track`."""
     z = row.subtract(x, mean) * rstd
     db, dw = row.sum(dy, dy * z)  # together: one message
     dx = w * rstd * (dy - db / n - z * (dw / n))

@@ -32,7 +32,7 @@ from npnorm.norms.norm import FeatureNorm, Formula, Settings
 
 
 class Saved(NamedTuple):
-    """What backward needs of forward; all but x are one number for each row."""
+    """What backward needs of forward: beside x, numbers for each row. The mean is the sum of its two parts."""
 
     x: Array
     mean: Mean
@@ -42,7 +42,7 @@ class Saved(NamedTuple):
 
 def forward(row: Row, x: Array, w: Array, b: Array) -> tuple[Array, tuple[Mean, Array]]:
     """Return y, and the statistics to save."""
-    c, mean, var = row.centre(x)
+    c, mean, var = row.centre(x)  # c and var as above, and the mean
     rstd = 1 / sqrt(var + row.eps)
     z = c * rstd
     y = z * w + b
@@ -51,7 +51,7 @@ def forward(row: Row, x: Array, w: Array, b: Array) -> tuple[Array, tuple[Mean, 
 
 @accurate_where_dx_cancels
 def backward(row: Row, dy: Array, x: Array, w: Array, mean: Mean, rstd: Array) -> tuple[Array, Array, Array]:
-    """Return dx, and dw and db before their sums over the rows."""
+    """Return dx, and dw and db before their sums over the rows. Where dx cancels, it is found in another form."""
     c = row.subtract(x, mean)
     z = c * rstd
     dz = dy * w

@@ -45,7 +45,7 @@ def forward(row: Row, x: Array, w: Array, b: Array) -> tuple[Array, tuple[Array]
 
 @accurate_where_dx_cancels
 def backward(row: Row, dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Array, Array, Array]:
-    """Return dx, and dw and db before their sums over the rows."""
+    """Return dx, and dw and db before their sums over the rows. Where dx cancels, it is found in another form."""
     z = x * rstd
     dz = dy * w
     dx = rstd * (dz - z * row.mean(dz * z))
