@@ -296,12 +296,13 @@ class Writer:
         """Write the test of mean and spread, and of |dz|^2: in range and not nearly cancelled, or 0."""
         guards = self.guards
         self._test_range()
-        for far, mean in zip(self._fars, self.traced.row.means, strict=True):
-            self._test(f"{self.value(far)} <= 0")
+        for i, (far, mean) in enumerate(zip(self._fars, self.traced.row.means, strict=True)):
+            self.lines.append(f"int far{i} = !({self.value(far)} <= 0);")
             if guards.constant:
                 walk = Pass(self)
                 differs = {"differs": f"{walk.array(Symbol('x'))} != {self.value(mean)}"}
-                self.branch("bad", walk, differs, "bad = differs;")
+                self.branch(f"far{i}", walk, differs, f"far{i} = differs;")
+            self.lines.append(f"bad |= far{i};")
         if not self._squares:
             return
         square, left = map(self.value, self._squares)

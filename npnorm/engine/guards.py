@@ -164,10 +164,11 @@ class Guards:
             return None
         lost = self._out_of_range(x, rstd)
         for far, mean in zip(fars, means, strict=True):
-            lost = lost | ~(far <= 0)
-            if self.constant and bool(xp.any(lost)):
+            too_far = ~(far <= 0)
+            if self.constant and bool(xp.any(too_far)):
                 axes = tuple(range(1, x.ndim))
-                lost = lost & ~xp.all(contiguous(x, xp.float64) == mean, axis=axes, keepdims=True)
+                too_far = too_far & ~xp.all(contiguous(x, xp.float64) == mean, axis=axes, keepdims=True)
+            lost = lost | too_far
         if squares is None:
             return Lost(_rows(xp, lost), None)
         zero = square == 0

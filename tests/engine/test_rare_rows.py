@@ -152,6 +152,19 @@ def test_dy_of_ones_gives_zeros():
         np.testing.assert_array_equal(came["dx"], np.zeros((5, 64)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("compute", [None, "float32"])
+@pytest.mark.parametrize("dy", ["ones", "ordinary"])
+def test_without_eps_a_constant_row_has_no_gradient(dtype, compute, dy):
+    x = np.random.default_rng(9).standard_normal((5, 64)).astype(dtype)
+    x[2] = 3
+    dy = np.ones_like(x) if dy == "ones" else x
+    layer = LayerNorm.init(64, dtype, eps=0, compute=compute if dtype == "float32" else None)
+    came = run(layer, x, dy)
+    for key in ("y", "dx"):
+        np.testing.assert_array_equal(np.isnan(came[key]).all(axis=1), np.arange(5) == 2)
+
+
 def test_constant_rows_cost_no_further_evaluation():
     x, dy = np.full((5, 64), 0.1, "float32"), np.random.default_rng(8).standard_normal((5, 64)).astype("float32")
     assert explain(LayerNorm.init(64), x, dy) == {"forward": {"float64": 5}, "backward": {"float64": 5}}
