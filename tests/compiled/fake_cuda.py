@@ -19,6 +19,7 @@ import numpy as np
 
 SHIM = r"""
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -37,13 +38,14 @@ static unsigned __float_as_uint(float a) { unsigned u; memcpy(&u, &a, 4); return
 static float __uint_as_float(unsigned u) { float a; memcpy(&a, &u, 4); return a; }
 
 #define STACK 65536
-static ucontext_t contexts[1024], host;
-static int over[1024], turns[1024], arrived_in_block, arrived_in_warp[32], backwards, stuck;
-static int waits_for_block[1024], waits_for_warp[1024], exchanges[1024], barriers[1024], ored[2];
+static jmp_buf paused[1024], host;
+static int begun[1024], over[1024], arrived_in_block, arrived_in_warp[32], backwards, stuck;
+static int exchanges[1024], barriers[1024], ored[2];
 static double exchanged[2][1024];
 static char *stacks;
 
-static void pause_thread(void) { swapcontext(&contexts[threadIdx.x], &host); }
+/* Not by swapcontext, which makes a system call each time. */
+static void pause_thread(void) { if (!_setjmp(paused[threadIdx.x])) _longjmp(host, 1); }
 
 static int __syncthreads_or(int value) {
     const int t = threadIdx.x, turn = barriers[t]++ % 2;
@@ -126,33 +128,40 @@ DRIVER = r"""
 static void (*entry)(void **);
 static void **arguments;
 
-static void thread(int t) {
-    entry(arguments);
-    over[t] = 1;
-    swapcontext(&contexts[t], &host);
+static void thread(void) {
+    for (;;) { /* block by block */
+        entry(arguments);
+        over[threadIdx.x] = 1;
+        pause_thread();
+    }
+}
+
+static void resume(int t) {
+    ucontext_t context;
+    threadIdx.x = t;
+    if (_setjmp(host)) return;
+    if (begun[t]) _longjmp(paused[t], 1);
+    begun[t] = 1;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks + (size_t)t * STACK;
+    context.uc_stack.ss_size = STACK;
+    makecontext(&context, thread, 0);
+    setcontext(&context);
 }
 
 static int block(void) {
     const int count = blockDim.x;
-    int i, left = count;
+    int left = count;
     memset(over, 0, sizeof over); memset(exchanges, 0, sizeof exchanges); memset(barriers, 0, sizeof barriers);
     memset(arrived_in_warp, 0, sizeof arrived_in_warp); arrived_in_block = 0;
-    for (i = 0; i < count; i++) {
-        getcontext(&contexts[i]);
-        contexts[i].uc_stack.ss_sp = stacks + (size_t)i * STACK;
-        contexts[i].uc_stack.ss_size = STACK;
-        contexts[i].uc_link = &host;
-        makecontext(&contexts[i], (void (*)(void))thread, 1, i);
-    }
     while (left) {
         const int before = left, block_before = arrived_in_block;
-        int warps_before = 0, warps = 0, w, moved = 0;
+        int warps_before = 0, warps = 0, i, w, moved = 0;
         for (w = 0; w < 32; w++) warps_before += arrived_in_warp[w];
         for (i = 0; i < count; i++) {
             const int t = backwards ? count - 1 - i : i;
             if (over[t]) continue;
-            threadIdx.x = t;
-            swapcontext(&host, &contexts[t]);
+            resume(t);
             if (over[t]) left--;
         }
         for (w = 0; w < 32; w++) warps += arrived_in_warp[w];
@@ -167,6 +176,7 @@ static int launch(void (*kernel)(void **), int *grid, int threads, void **given,
     const unsigned before = set_mode(FLUSH);
     int waits = 0;
     stacks = memory; entry = kernel; arguments = given; backwards = reversed; stuck = 0;
+    memset(begun, 0, sizeof begun);
     blockDim.x = threads; gridDim.x = grid[0]; gridDim.y = grid[1];
     for (blockIdx.y = 0; blockIdx.y < gridDim.y && !waits; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < gridDim.x && !waits; blockIdx.x++) waits = block();
@@ -185,7 +195,8 @@ def library(code):
     """Return what `cc` makes of C."""
     path = folder() / f"{hashlib.sha256(code.encode()).hexdigest()[:24]}.so"
     if not path.exists():
-        command = ["cc", "-std=gnu11", "-O1", "-w", "-ffp-contract=off", "-fPIC", "-shared", "-x", "c", "-"]
+        # Compiling takes longer than what it makes faster: not optimized.
+        command = ["cc", "-std=gnu11", "-O0", "-w", "-ffp-contract=off", "-fPIC", "-shared", "-x", "c", "-"]
         done = subprocess.run([*command, "-o", path, "-lm"], input=code, text=True, capture_output=True, check=False)
         if done.returncode:
             raise AssertionError(f"cc: {done.stderr}\n{code}")
