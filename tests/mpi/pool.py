@@ -31,6 +31,7 @@ LAUNCH_LIMIT = 60.0  # seconds for all ranks to start, and for the first import 
 FAILURE_LIMIT = 2.0  # seconds for the other ranks to finish once one has failed
 END_LIMIT = 5.0  # seconds for mpirun to end
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}  # ranks share the cores
+YIELD = {"MPIR_CVAR_POLLS_BEFORE_YIELD": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}  # a rank that waits leaves its core
 INSTALL = 'MPI tests need mpi4py and mpirun in this environment; install both with: pip install -e ".[test]"'
 
 
@@ -89,8 +90,8 @@ def launcher() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of the ranks: this process's import path, one thread, and the counter if it builds."""
-    variables = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """Return the environment of the ranks: this process's import path, sharing, and the counter if it builds."""
+    variables = {**os.environ, **ONE_THREAD, **YIELD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if pmpi.compiler():
         with contextlib.suppress(RuntimeError):  # a test that counts will tell
             variables["LD_PRELOAD"] = f"{pmpi.build()} {os.environ.get('LD_PRELOAD', '')}".strip()
