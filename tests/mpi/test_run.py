@@ -1,5 +1,6 @@
 """Whole jobs under mpirun: none hangs, each ends with one message and a status."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from tests.mpi.pool import launcher
 LIMIT = 30  # seconds; a job that waits for ever is a failure, and does not stop the run
 
 
+@functools.cache
 def job(what, ranks=3, prefix=None, **environment):
-    """Start the program and return its status, what it printed, and the seconds that it took."""
+    """Start the program, once for each setting; return its status, what it printed, and the seconds that it took."""
     command = [*launcher(), "-n", str(ranks)] if prefix is None else prefix
     start = time.monotonic()
     done = subprocess.run(
@@ -71,17 +73,17 @@ def test_a_message_names_the_line_of_the_program():
 
 
 def test_one_rank_needs_no_mpirun():
-    status, printed, _ = job("succeed", prefix=[])
+    status, printed, _ = job("succeed", prefix=())
     assert (status, printed) == (0, "sum 1\n")
 
 
 def test_an_mpirun_of_another_mpi_is_an_error_not_n_serial_runs():
     # What a process sees that another MPI's mpirun started: the launcher's variable, and a world of its own.
-    status, printed, _ = job("succeed", prefix=[], OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="0")
+    status, printed, _ = job("succeed", prefix=(), OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="0")
     assert status == 1
     assert "mpirun started 4 processes" in printed
     assert "Use the mpirun beside this Python" in printed
-    status, printed, _ = job("succeed", prefix=[], OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="1")
+    status, printed, _ = job("succeed", prefix=(), OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="1")
     assert status == 1
     assert "mpirun started" not in printed  # one of them says it
 
