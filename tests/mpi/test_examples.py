@@ -12,7 +12,8 @@ from tests.mpi.pool import launcher
 EXAMPLES = Path(__file__).parents[2] / "mpi_examples"
 NORMS = ["layer_norm_tensor_parallel.py", "rms_norm_tensor_parallel.py"]
 TRANSFORMERS = ["post_layernorm_transformer.py", "pre_rmsnorm_transformer.py"]
-SMALL = "--steps 3 --width 32 --depth 1 --context 32 --rows 4 --sample 20".split()
+README = EXAMPLES.parent / "README.md"
+SMALL = ["--text", str(README), *"--steps 3 --width 32 --depth 1 --context 32 --rows 4 --sample 20".split()]
 LIMIT = 60  # seconds
 
 

@@ -1,6 +1,7 @@
 import pytest
 
 from npnorm import SOLO, Config
+from npnorm.training import language_reference
 from npnorm.training.program import arguments, train_on_text
 
 
@@ -21,6 +22,12 @@ def test_another_text_is_trained_on_and_reported(capsys, tmp_path):
     assert loss < 1.5
     assert "loss=" in printed.err
     assert "tokens/s" in printed.err
+
+
+def test_without_a_text_the_language_reference_is_trained_on(capsys):
+    small = "--steps 1 --width 16 --depth 1 --heads 2 --context 64 --rows 64 --sample 0".split()
+    _, printed = run(capsys, *small)
+    assert f"text    the Python language reference: {len(language_reference()):,} characters, " in printed.out
 
 
 def test_a_text_that_is_too_short_is_an_error(capsys, tmp_path):
