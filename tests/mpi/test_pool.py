@@ -29,7 +29,7 @@ def test_all_fail(comm):
     total = comm.size + 1
     assert total == 7
 
-@pytest.mark.mpi(ranks=2, timeout=2)
+@pytest.mark.mpi(ranks=2, timeout=1)
 def test_hang(comm):
     comm.Recv(np.empty(1), source=1 - comm.rank)
 
@@ -77,13 +77,19 @@ def test_parent():
     assert "mpi4py.MPI" not in sys.modules
 """
 
+SETTINGS = """
+from tests.mpi import pmpi, pool
+pmpi.compiler = lambda: None
+pool.FAILURE_LIMIT = 1.0
+"""
+
 
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory, pytestconfig):
     """Run pytest, with this project's hooks, on tests that go wrong; return its output."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "test_wrong.py").write_text(WRONG)
-    (folder / "conftest.py").write_text("from tests.mpi import pmpi\npmpi.compiler = lambda: None\n")
+    (folder / "conftest.py").write_text(SETTINGS)
     command = [sys.executable, "-m", "pytest", "-v", "-rs", "-p", "tests.conftest", "-p", "no:cacheprovider"]
     with tempfile.TemporaryDirectory() as temporary:
         environment = os.environ | {"PYTHONPATH": str(pytestconfig.rootpath), "TMPDIR": temporary, "COLUMNS": "200"}
@@ -104,10 +110,10 @@ def told(output, test):
 
 def test_one_rank_fails(wrong):
     text = told(wrong, "test_one_fails[3ranks]")
-    assert text.startswith("rank 1 of 3 raised AssertionError; ranks 0, 2 of 3 did not finish within 2 s after that\n")
+    assert text.startswith("rank 1 of 3 raised AssertionError; ranks 0, 2 of 3 did not finish within 1 s after that\n")
     assert "AssertionError: gives up\nassert 1 != 1\n" in text
     assert "--- rank 2 of 3 printed ---\nrank 2 was here" in text
-    stack = text.split("--- ranks 0, 2 of 3 did not finish within 2 s after that ---\n")[1].split("---")[0]
+    stack = text.split("--- ranks 0, 2 of 3 did not finish within 1 s after that ---\n")[1].split("---")[0]
     assert re.fullmatch(r'Current .*\n  File ".*test_wrong.py", line 10 in test_one_fails\n', stack)
     assert "tests/mpi" not in text
 
@@ -121,7 +127,7 @@ def test_all_ranks_fail_alike(wrong):
 
 def test_hang(wrong):
     text = told(wrong, "test_hang[2ranks]")
-    assert text.startswith("all 2 ranks did not finish within 2 s\n")
+    assert text.startswith("all 2 ranks did not finish within 1 s\n")
     assert text.count("in test_hang") == 1
 
 
@@ -133,7 +139,7 @@ def test_killed_rank(wrong):
 
 def test_exit(wrong):
     text = told(wrong, "test_exit[2ranks]")
-    assert text.startswith("rank 0 of 2 raised SystemExit; rank 1 of 2 did not finish within 2 s after that\n")
+    assert text.startswith("rank 0 of 2 raised SystemExit; rank 1 of 2 did not finish within 1 s after that\n")
     assert "SystemExit: had enough" in text
 
 
