@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import pytest
 
@@ -39,6 +40,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests by their number of ranks, so that each pool starts once; tests without MPI come first."""
     items.sort(key=rank_count)
+
+
+def pytest_collection_finish() -> None:
+    """Let no later search for garbage go through the modules: torch and JAX alone are a million objects."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
