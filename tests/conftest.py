@@ -42,9 +42,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank_count)
 
 
+def pytest_collection() -> None:
+    """Import the tests without searches for garbage: torch and JAX alone are a million objects."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Let no later search for garbage go through the modules: torch and JAX alone are a million objects."""
+    """Let later searches leave out what was imported."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
