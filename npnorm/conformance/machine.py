@@ -26,7 +26,7 @@ def machine(packages: Iterable[str] = ()) -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    pools = {f"{pool['internal_api']} {pool['version']}" for pool in threadpool_info()}
+    pools = {f"{pool['internal_api']} {pool['version'] or ''}".strip() for pool in threadpool_info()}
     return {
         "date": datetime.date.today().isoformat(),
         "processor": f"{(names or [platform.processor() or 'unknown'])[0]}, {cores()} cores, {platform.machine()}",
