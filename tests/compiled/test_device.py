@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from npnorm import CastRMSNorm, LayerNorm, PartialRMSNorm, RMSNorm
-from npnorm.arrays import dtype_name, to_numpy
+from npnorm.arrays import dtype_name, round_to, to_numpy
 from npnorm.compiled import c, check, cuda
 from npnorm.compiled import device as compiled
 from npnorm.config import Config
@@ -18,7 +18,7 @@ from npnorm.group import SOLO
 from npnorm.norms import rms_norm
 from npnorm.training.program import arguments, train_on_text
 from npnorm.tree import leaves, map_tree
-from tests.check import close, same_bits
+from tests.check import BFLOAT16, close, same_bits
 from tests.compiled import fake_cuda
 from tests.compiled.problems import COMPUTE, DTYPE, IMAGES, MAKE, compare, draw, fake_device, hard_rows, put, run
 from tests.engine.formulas import within
@@ -187,6 +187,16 @@ def test_a_weight_that_is_too_large(device, name, compute):
     params, x, dy = draw(name)
     params["weight"] *= np.float32(1e25)
     compare(name, (params, x, dy), compute)
+
+
+@pytest.mark.parametrize("dtype", ["float16", BFLOAT16], ids=["float16", "bfloat16"])
+def test_results_of_16_bits_are_rounded_once(device, unchecked, dtype):
+    """Of 40,000 rows those in which some y is another number if it is rounded to float32 on the way."""
+    params, x, dy = draw("RMSNorm", (40000, 40), dtype)
+    y, _ = RMSNorm(**map_tree(lambda a: a.astype("float64"), params)).forward(x.astype("float64"))
+    rows = (round_to(y, np.dtype(dtype)) != y.astype("float32").astype(dtype)).any(axis=1)
+    assert rows.sum() > 5
+    compare("RMSNorm", (params, x[rows], dy[rows]))
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm"])
