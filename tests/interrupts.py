@@ -264,4 +264,5 @@ def in_scratch():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the shell has it ignored, in the background
     globals()[sys.argv[1]](*map(int, sys.argv[2:]))
