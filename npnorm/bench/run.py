@@ -103,7 +103,7 @@ def environment(plan: Plan, base: Mapping[str, str]) -> dict[str, str]:
 
 
 def run(todo: Sequence[Plan]) -> pd.DataFrame:
-    """Measure each plan in a process of its own, one after the other.
+    """Measure each plan in a process of its own, one after the other; the standard error stream tells which.
 
     Raises
     ------
@@ -111,11 +111,12 @@ def run(todo: Sequence[Plan]) -> pd.DataFrame:
         If one of them fails; it has said why on the standard error stream.
     """
     lines = []
-    for plan in todo:
+    for number, plan in enumerate(todo, 1):
+        what = f"{plan.heap} heap, {plan.threads} threads"
+        print(f"process {number} of {len(todo)}: {what}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "npnorm.bench.run", json.dumps(plan._asdict())]
         done = subprocess.run(command, env=environment(plan, os.environ), stdout=subprocess.PIPE, check=False)
         if done.returncode:
-            what = f"{plan.heap} heap, {plan.threads} threads"
             raise RuntimeError(f"The process that measures ({what}) ended with status {done.returncode}.")
         lines += json.loads(done.stdout)
     frame, seconds = pd.DataFrame(lines, columns=COLUMNS), ["median", "p10", "p90"]
