@@ -87,7 +87,15 @@ def array_module(x: Array) -> Any:
         return x.__array_namespace__()
     raise TypeError(
         f"npnorm works on arrays of NumPy, CuPy or the array API standard; got {with_article(x)}. "
-        "Turn it into an array first, for example by numpy.asarray."
+        f"{turn_into_array('x', x)}"
+    )
+
+
+def turn_into_array(name: str, x: Any) -> str:
+    """Return what to do about a value, called `name`, that is not an array, for a message."""
+    is_torch = type(x).__module__.partition(".")[0] == "torch" and hasattr(x, "numpy")
+    return (
+        f"Turn it into an array first, for example by {f'{name}.numpy(force=True)' if is_torch else 'numpy.asarray'}."
     )
 
 

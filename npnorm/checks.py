@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, describe, dtype_name, to_numpy, with_article
+from npnorm.arrays import Array, array_module, describe, dtype_name, to_numpy, turn_into_array, with_article
 from npnorm.group import SOLO, Group, errors_on_all_ranks
 from npnorm.tree import Tree, checksum, leaves
+
+NUMBER = "() or (1,)"
+"""The shape of a parameter that is one number for all features."""
 
 SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
     "(features,)": lambda shape: len(shape) > 0,  # or several axes
     "(features,), one axis": lambda shape: len(shape) == 1,
     "(channels,)": lambda shape: len(shape) == 1,
-    "() or (1,)": lambda shape: shape in ((), (1,)),
+    NUMBER: lambda shape: shape in ((), (1,)),
     "(outputs,) or (outputs, 1, ...)": lambda shape: len(shape) > 0 and set(shape[1:]) <= {1},
 }
 """What the shape of a parameter may be, as messages say it."""
@@ -54,20 +57,29 @@ def place(x: Array) -> str:
     return str(getattr(x, "device", "host"))
 
 
+def check_array(
+    layer: str, name: str, x: Any, kind: str = "of NumPy, CuPy or the array API standard", remedy: str | None = None
+) -> Any:
+    """Return the module of `x`, in messages `name`; raise one clear error if it is not an array."""
+    try:
+        return array_module(x)
+    except TypeError:
+        remedy = remedy or turn_into_array(name, x)
+        raise TypeError(f"{layer}: {name} must be an array {kind}; got {with_article(x)}. {remedy}") from None
+
+
 def check_module(layer: str, x: Array, params: Tree, called: str = "x") -> None:
     """Raise one clear error unless `x`, in messages `called`, and the parameters are of one module, on one device."""
-    try:
-        module = array_module(x)
-    except TypeError as problem:
-        raise TypeError(f"{layer}: {problem}") from None
+    module = check_array(layer, called, x)
     for name, param in leaves(params):
-        if array_module(param) is module and place(param) != place(x):
+        other = check_array(layer, name, param)
+        if other is module and place(param) != place(x):
             raise TypeError(
                 f"{layer}: {name} is on {place(param)}, {called} on {place(x)}. Bring both to the same device first."
             )
-        if array_module(param) is not module:
+        if other is not module:
             raise TypeError(
-                f"{layer}: {name} is an array of {array_module(param).__name__}, {called} one of {module.__name__}. "
+                f"{layer}: {name} is an array of {other.__name__}, {called} one of {module.__name__}. "
                 "Bring both to the same device first."
             )
 
@@ -126,17 +138,17 @@ def check_settings(
     params: dict[str, Array],
     eps: float,
     group: Group,
-    shape: str = "(features,)",
+    shapes: dict[str, str],
     sizes: str = "{}",
     replicated: Collection[str] = (),
     **settings: Any,
 ) -> None:
-    """Raise unless eps is finite and not negative, the parameters are floats of one shape, and the ranks have the same.
+    """Raise unless eps is finite and not negative, the parameters pass `check_params`, and the ranks have the same.
 
     Parameters
     ----------
-    shape : str
-        What the shape of each parameter should be: a key of `SHAPES`.
+    shapes : dict
+        What the shape of each parameter should be: name to a key of `SHAPES`.
     sizes : str
         The arguments of the layer's `init`, for a message, with {} for the number of features or channels.
     replicated, **settings
@@ -144,23 +156,57 @@ def check_settings(
     """
     with errors_on_all_ranks(group):
         for name, array in params.items():
-            if not hasattr(array, "shape"):
-                remedy = "Turn it into an array first, for example by numpy.asarray."
-                if _is_size(array) and shape.startswith(("(features", "(channels")):
-                    remedy = f"{layer}.init({sizes.format(array)}) makes the {name}."
-                raise TypeError(
-                    f"{layer}: {name} must be an array of shape {shape}; got {with_article(array)}. {remedy}"
-                )
+            is_size = _is_size(array) and shapes[name].startswith(("(features", "(channels"))
+            made = f"{layer}.init({sizes.format(array)}) makes the {name}." if is_size else None
+            check_array(layer, name, array, f"of shape {shapes[name]}", made)
         require_same_settings(layer, group, params, replicated, eps=eps, **settings)
         if not is_number(eps) or eps < 0:
             raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")
-        for name, array in params.items():
-            check_float(layer, name, array)
-            check_module(layer, array, params, name)
-        shapes = {tuple(array.shape) for array in params.values()}
-        if len(shapes) > 1 or any(0 in s or not SHAPES[shape](s) for s in shapes):
-            described = ", ".join(f"{name} {tuple(array.shape)}" for name, array in params.items())
-            raise ValueError(f"{layer}: each parameter must have shape {shape}, the same for all; got {described}.")
+        check_params(layer, params, shapes)
+
+
+def check_entries(layer: str, params: Any, known: Collection[str], optional: Collection[str] = ()) -> None:
+    """Raise unless `params` is a dict with entries that are known, and all of them but the optional ones."""
+    if not isinstance(params, dict):
+        raise TypeError(
+            f"{layer}: params must be a dict of arrays by name; got {with_article(params)}. "
+            "Assign arrays to its entries instead."
+        )
+    strange = [name for name in params if name not in known]
+    missing = [name for name in known if name not in params and name not in optional]
+    if strange or missing:
+        problem = f"params has {strange[0]!r}, which means nothing" if strange else f"params lacks {missing[0]!r}"
+        raise ValueError(f"{layer}: {problem}. It takes {', '.join(known) or 'no parameters'}.")
+
+
+def check_params(
+    layer: str, params: Any, shapes: dict[str, str], optional: Collection[str] = ("weight", "bias")
+) -> None:
+    """Raise unless `params` has float arrays of one module with the right names and shapes.
+
+    Parameters
+    ----------
+    shapes : dict
+        The names that the layer knows, and what the shape of each should be: a key of `SHAPES`. Those of one kind must
+        have one shape, but for single numbers.
+    optional : names
+        What may be left out.
+    """
+    check_entries(layer, params, shapes, optional)
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, array in params.items():
+        remedy = f"To leave it out, delete it from params: params.pop({name!r})." if array is None else None
+        check_array(layer, name, array, f"of shape {shapes[name]}", remedy)
+        check_float(layer, name, array)
+        found.setdefault(name if shapes[name] == NUMBER else shapes[name], {})[name] = tuple(array.shape)
+    if len(params) > 1:
+        first = next(iter(params))
+        check_module(layer, params[first], params, first)
+    for sizes in found.values():
+        shape = shapes[next(iter(sizes))]
+        if len(set(sizes.values())) > 1 or any(0 in s or not SHAPES[shape](s) for s in sizes.values()):
+            got = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"{layer}: each parameter must have shape {shape}, the same for all; got {got}.")
 
 
 def count_axes(layer: str, params: dict[str, Array], axes: int | None, group: Group) -> int:
@@ -174,25 +220,31 @@ def count_axes(layer: str, params: dict[str, Array], axes: int | None, group: Gr
     return held or axes or 1
 
 
-def check_place(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
-    """Raise unless the arrays are of the module, and on the device, of the parameters."""
-    with errors_on_all_ranks(group):
-        for name, x in arrays.items():
-            check_module(layer, x, params, name)
-
-
 def check_features(
     layer: str,
     params: dict[str, Array],
+    shapes: dict[str, str],
     axes: int,
     group: Group,
     features: tuple[int, ...] | None = None,
     /,
     **arrays: Array,
 ) -> None:
-    """Raise unless the arrays are floats of one shape (..., features): those of the parameters, or `features`."""
-    expected = next((tuple(a.shape) for a in params.values()), features)
+    """Raise unless the arrays are floats of one shape (..., features): those of the parameters, or `features`.
+
+    The parameters must pass `check_params`, and have so many axes.
+    """
     with errors_on_all_ranks(group):
+        check_params(layer, params, shapes)
+        expected = features
+        for name, a in params.items():
+            if shapes[name] != NUMBER:
+                expected = tuple(a.shape)
+                if len(expected) != axes or features not in (None, expected):
+                    made = f"{axes} axes of features" if features is None else f"features of shape {features}"
+                    raise ValueError(
+                        f"{layer} was made for {made}; {name} has shape {expected}. Make another {layer} for others."
+                    )
         for name, x in arrays.items():
             check_module(layer, x, params, name)
             check_float(layer, name, x)
@@ -209,10 +261,16 @@ def check_features(
         check_same_shape(layer, arrays)
 
 
-def check_channels(layer: str, params: dict[str, Array], group: Group, **arrays: Array) -> None:
-    """Raise unless the arrays are floats of one shape (N, C, ...) with the channels C of the parameters."""
-    expected = next((a.shape[0] for a in params.values()), None)
+def check_channels(
+    layer: str, params: dict[str, Array], shapes: dict[str, str], group: Group, /, **arrays: Array
+) -> None:
+    """Raise unless the arrays are floats of one shape (N, C, ...) with the channels C of the parameters.
+
+    The parameters must pass `check_params`.
+    """
     with errors_on_all_ranks(group):
+        check_params(layer, params, shapes, optional=shapes)
+        expected = next((a.shape[0] for a in params.values()), None)
         for name, x in arrays.items():
             check_module(layer, x, params, name)
             check_float(layer, name, x)
@@ -248,6 +306,20 @@ def check_feature_groups(layer: str, groups: int, group: Group, *sizes: int) -> 
                     f"{layer}: {groups} groups cannot share {size * group.size} features equally. "
                     "Choose a number of groups that divides the features."
                 )
+
+
+def check_pair(layer: str, params: Any, shapes: dict[str, str], per_head: bool, group: Group) -> None:
+    """Raise unless there are the weights of queries and keys, per head of one shape."""
+    with errors_on_all_ranks(group):
+        check_entries(layer, params, ("q_norm", "k_norm"))
+        for of_one in params.values():
+            check_params(layer, of_one, shapes, optional=())
+        q, k = (tuple(params[name]["weight"].shape) for name in ("q_norm", "k_norm"))
+        if per_head and q != k:
+            raise ValueError(
+                f"{layer}: the weight of the queries has shape {q}, of the keys {k}. "
+                "Per head both have shape (head_dim,)."
+            )
 
 
 def check_square(layer: str, eps: float, compute: str | None, group: Group) -> None:

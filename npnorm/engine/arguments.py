@@ -17,7 +17,7 @@ class Known:
     """
 
     def __init__(self) -> None:
-        self._found: dict[Any, tuple[tuple[np.ndarray, ...], Any]] = {}
+        self._found: dict[Any, tuple[dict[str, np.ndarray], Any]] = {}
 
     def __len__(self) -> int:
         return len(self._found)
@@ -29,8 +29,8 @@ class Known:
         found = self._found.get((which, x.shape, x.dtype))
         if found is None or not is_plain(x) or len(params) != len(found[0]):
             return None
-        for a, b in zip(params.values(), found[0], strict=True):
-            if a is not b:
+        for name, a in found[0].items():
+            if params.get(name) is not a:
                 return None
         return found[1]
 
@@ -39,7 +39,7 @@ class Known:
         if all(type(a) is np.ndarray and a.ndim == 1 for a in params.values()):
             if len(self._found) >= KNOWN:
                 self._found.clear()
-            self._found[which, x.shape, x.dtype] = tuple(params.values()), note
+            self._found[which, x.shape, x.dtype] = dict(params), note
 
 
 def is_plain(x: np.ndarray) -> bool:

@@ -82,11 +82,7 @@ class AdaptiveNorm(Norm):
     def __init__(self, norm: LayerNorm | RMSNorm) -> None:
         if not isinstance(norm, (LayerNorm, RMSNorm)):
             raise TypeError(f"AdaptiveNorm takes a LayerNorm or RMSNorm; got {with_article(norm)}.")
-        if norm.params or norm.axes != 1:
-            raise ValueError(
-                f"AdaptiveNorm takes a norm without weight and bias, over one axis; this one has {list(norm.params)} "
-                f"and {norm.axes} axes. The scale and shift of a sample stand for weight and bias."
-            )
+        _check_bare(norm)
         of_norm = norm.formula
         bound = partial(forward, of_norm.forward), partial(backward, of_norm.backward)
         formula = engine.Formula(*bound, Saved, params=("scale", "shift"), read=("scale",))
@@ -123,10 +119,11 @@ class AdaptiveNorm(Norm):
     def _rows(self, condition: dict[str, Array], **arrays: Array) -> engine.Rows:
         """Check the arrays; return their rows."""
         norm, x = self.norm, arrays["x"]
-        checks.check_features("AdaptiveNorm", {}, 1, norm.group, norm.features, **arrays)
+        checks.check_features("AdaptiveNorm", self.params, {}, 1, norm.group, norm.features, **arrays)
         with errors_on_all_ranks(norm.group):
+            _check_bare(norm)
             for name, array in condition.items():
-                checks.check_module("AdaptiveNorm", array, {"x": x})
+                checks.check_module("AdaptiveNorm", array, {"x": x}, name)
                 checks.check_float("AdaptiveNorm", name, array)
                 if x.ndim < 2 or tuple(array.shape) != (x.shape[0], x.shape[-1]):
                     raise ValueError(
@@ -138,3 +135,12 @@ class AdaptiveNorm(Norm):
 
     def _shown(self) -> dict[str, Any]:
         return {"norm": self.norm}
+
+
+def _check_bare(norm: LayerNorm | RMSNorm) -> None:
+    """Raise unless the norm has no parameters, and one axis."""
+    if norm.params or norm.axes != 1:
+        raise ValueError(
+            f"AdaptiveNorm takes a norm without weight and bias, over one axis; this one has {list(norm.params)} "
+            f"and {norm.axes} axes. The scale and shift of a sample stand for weight and bias."
+        )

@@ -46,6 +46,7 @@ class AddRMSNorm(Norm):
     """
 
     norm: rms_norm.RMSNorm | cast_rms_norm.CastRMSNorm
+    _shapes = rms_norm.RMSNorm._shapes
 
     def __init__(
         self, weight: Array | None = None, bias: Array | None = None, eps: float = 1e-6, **settings: Any
@@ -73,12 +74,14 @@ class AddRMSNorm(Norm):
         checks.check_saved("AddRMSNorm", saved, Saved, self.group)
         h, rstd, exponent = saved
         self._check(dh=dh, x=h)
-        checks.check_features("AddRMSNorm", self.params, self.norm.axes, self.group, dy=dy, x=h)
+        checks.check_features("AddRMSNorm", self.params, self._shapes, self.norm.axes, self.group, dy=dy, x=h)
         dx, grads = self.norm.rows.backward(dy, h, self.params, (rstd,), exponent, plus=dh)
         return (dx, arrays.array_module(dx).astype(dx, dx.dtype)), grads  # dh + norm'(dy), rounded once
 
     def _check(self, **pair: Array) -> None:
-        checks.check_features("AddRMSNorm", self.params, self.norm.axes, self.group, self.norm.features, **pair)
+        axes, features = self.norm.axes, self.norm.features
+        checks.check_features("AddRMSNorm", self.params, self._shapes, axes, self.group, features, **pair)
+        checks.check_offset("AddRMSNorm", self.params, self.norm.offset, self.group)
         with errors_on_all_ranks(self.group):
             (name, a), (other, b) = ((name, arrays.dtype_name(array)) for name, array in pair.items())
             if a != b and "complex128" not in (a, b):

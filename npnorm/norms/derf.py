@@ -70,6 +70,7 @@ class Derf(elementwise.Elementwise):
     array([[0., 1.]])
     """
 
+    _shapes = elementwise.shapes("alpha", "shift")
     formula = Formula(
         forward,
         backward,

@@ -73,6 +73,7 @@ class DyT(elementwise.Elementwise):
     array([[0., 1.]])
     """
 
+    _shapes = elementwise.shapes("alpha")
     formula = Formula(forward, backward, elementwise.Saved, ("weight", "bias", "alpha"), read=("weight", "alpha"))
 
     def __init__(

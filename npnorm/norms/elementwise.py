@@ -13,6 +13,11 @@ class Saved(NamedTuple):
     x: Array
 
 
+def shapes(*numbers: str) -> dict[str, str]:
+    """Return what the shapes of the parameters should be: of these numbers, a weight and a bias."""
+    return dict.fromkeys(numbers, checks.NUMBER) | dict.fromkeys(("weight", "bias"), "(features,)")
+
+
 class Elementwise(Norm):
     """A layer y = z w + b, where z is a function of each element by itself, and of a few numbers for all of them.
 
@@ -40,9 +45,7 @@ class Elementwise(Norm):
         layer, group = type(self).__name__, self._set_common(settings)
         affine = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
         self.params = numbers | affine
-        for name, number in numbers.items():
-            checks.check_settings(layer, {name: number}, 0, group, "() or (1,)", replicated=[name])
-        checks.check_settings(layer, affine, 0, group, compute=self.compute)
+        checks.check_settings(layer, self.params, 0, group, self._shapes, replicated=numbers, compute=self.compute)
         axes = max((a.ndim for a in affine.values()), default=1)
         rows = engine.Rows(engine.Features(layer, group, axes), self.formula, 0, self.compute)
         shards = dict.fromkeys(numbers) | dict.fromkeys(affine, self._axis(axes - 1))
@@ -64,6 +67,4 @@ class Elementwise(Norm):
         return dx, {name: round_to(grads[name], param.dtype) for name, param in params.items()}
 
     def _check(self, **arrays: Array) -> None:
-        affine = {name: a for name, a in self.params.items() if name not in self.numbers}
-        checks.check_place(type(self).__name__, self.params, self.group, **arrays)
-        checks.check_features(type(self).__name__, affine, self.axes, self.group, **arrays)
+        checks.check_features(type(self).__name__, self.params, self._shapes, self.axes, self.group, **arrays)

@@ -99,6 +99,7 @@ class GatedRMSNorm(norm.Norm):
 
     groups: int
     norm_before_gate: bool
+    _shapes = {"weight": "(features,), one axis"}
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class GatedRMSNorm(norm.Norm):
         group = self._set_common(settings)
         self.params = {} if weight is None else {"weight": weight}
         told: dict[str, Any] = {"groups": groups, "norm_before_gate": norm_before_gate, "compute": self.compute}
-        checks.check_settings("GatedRMSNorm", self.params, eps, group, "(features,), one axis", **told)
+        checks.check_settings("GatedRMSNorm", self.params, eps, group, self._shapes, **told)
         checks.check_feature_groups("GatedRMSNorm", groups, group, *(a.shape[0] for a in self.params.values()))
         layout = engine.Groups("GatedRMSNorm", group, groups)
         formulas = {True: NORM_FIRST, False: GATE_FIRST}
@@ -139,7 +140,7 @@ class GatedRMSNorm(norm.Norm):
         return self.rows[norm_before_gate].backward(dy, x, self.params, (rstd,), exponent, gate)
 
     def _check(self, **arrays: Array) -> None:
-        checks.check_features("GatedRMSNorm", self.params, 1, self.group, **arrays)
+        checks.check_features("GatedRMSNorm", self.params, self._shapes, 1, self.group, **arrays)
         checks.check_feature_groups("GatedRMSNorm", self.groups, self.group, arrays["x"].shape[-1])
 
     def _shown(self) -> dict[str, Any]:

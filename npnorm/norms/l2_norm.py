@@ -46,6 +46,8 @@ class L2Norm(ScaleNorm):
     array([[0.6, 0.8]])
     """
 
+    _shapes = {}
+
     def __init__(self, eps: float = 1e-12, **settings: Unpack[Settings]) -> None:
         super().__init__(None, eps, **settings)
 

@@ -112,6 +112,7 @@ class Norm:
     eps: float
     group: Group = SOLO
     compute: Compute = None
+    _shapes: dict[str, str] = {}  # of the parameters, as messages say it
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -121,12 +122,15 @@ class Norm:
                 show_shapes(saved)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        layer = type(self).__name__
         if name != "params":
-            layer = type(self).__name__
             raise AttributeError(
                 f"{layer}: {name} is fixed when the norm is made. "
                 f"Make another {layer}; only the arrays in params change."
             )
+        if not isinstance(value, dict):  # a call must find a dict, also one that skips the checks
+            with errors_on_all_ranks(self.group):
+                checks.check_entries(layer, value, self._shapes)
         object.__setattr__(self, name, value)
 
     def _set(self, **attributes: Any) -> None:
@@ -218,7 +222,7 @@ class FeatureNorm(RowNorm[Saved]):
     statistics: Statistics
     layout: Features
     with_bias = False  # whether `init` makes one
-    shape = "(features,)"  # of the parameters, as messages say it
+    _shapes = dict.fromkeys(("weight", "bias"), "(features,)")
 
     def __init__(
         self,
@@ -233,7 +237,7 @@ class FeatureNorm(RowNorm[Saved]):
         layer, group = type(self).__name__, self._set_common(settings, Settings)
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
         told = {"offset": offset or None, "statistics": statistics, **_told(settings)}
-        checks.check_settings(layer, self.params, eps, group, self.shape, **told)
+        checks.check_settings(layer, self.params, eps, group, self._shapes, **told)
         checks.check_offset(layer, self.params, offset, group)
         checks.check_choice(layer, "statistics", statistics, FORMS, group)
         axes, features = _shape_of(layer, self.params, settings, group)
@@ -249,7 +253,9 @@ class FeatureNorm(RowNorm[Saved]):
         return cls(weight, np.zeros(features, dtype) if cls.with_bias else None, **settings)  # type: ignore[misc]
 
     def _check(self, **arrays: Array) -> None:
-        checks.check_features(type(self).__name__, self.params, self.axes, self.group, self.features, **arrays)
+        layer, group = type(self).__name__, self.group
+        checks.check_features(layer, self.params, self._shapes, self.axes, group, self.features, **arrays)
+        checks.check_offset(layer, self.params, self.offset, group)
 
     def _shown(self) -> dict[str, Any]:
         shown: dict[str, Any] = {} if self.params or self.features is None else {"features": self.features}
@@ -276,18 +282,20 @@ class LengthNorm(RowNorm[Saved]):
         On every rank alike, if the weight is not one float, or eps is not finite and >= 0.
     """
 
+    _shapes = {"weight": checks.NUMBER}
+
     def __init__(self, weight: Array | None = None, eps: float = 1e-5, **settings: Unpack[Settings]) -> None:
         layer, group = type(self).__name__, self._set_common(settings, Settings)
         self.params = {} if weight is None else {"weight": weight}
-        checks.check_settings(layer, self.params, eps, group, "() or (1,)", replicated=self.params, **_told(settings))
+        checks.check_settings(layer, self.params, eps, group, self._shapes, replicated=self.params, **_told(settings))
         checks.check_square(layer, eps, self.compute, group)
         axes, features = _shape_of(layer, {}, settings, group)
         rows = Rows(Features(layer, group, axes), self.formula, eps * eps, self.compute)
         self._set(eps=float(eps), axes=axes, features=features, shards=dict.fromkeys(self.params), rows=rows)
 
     def _check(self, **arrays: Array) -> None:
-        checks.check_place(type(self).__name__, self.params, self.group, **arrays)
-        checks.check_features(type(self).__name__, {}, self.axes, self.group, self.features, **arrays)
+        layer, group = type(self).__name__, self.group
+        checks.check_features(layer, self.params, self._shapes, self.axes, group, self.features, **arrays)
 
     def _shown(self) -> dict[str, Any]:
         shape = {"features": self.features} if self.features else {"axes": self.axes} if self.axes > 1 else {}
@@ -314,6 +322,8 @@ class ChannelNorm(RowNorm[Saved]):
         On every rank alike, if the parameters are not floats of one shape (channels,), or eps is not finite and >= 0.
     """
 
+    _shapes = dict.fromkeys(("weight", "bias"), "(channels,)")
+
     def _set_channels(
         self,
         weight: Array | None,
@@ -332,7 +342,9 @@ class ChannelNorm(RowNorm[Saved]):
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}
         arrays, told = self.params | (replicated or {}), told | {"compute": self.compute}
         same = () if replicated is None else tuple(arrays)
-        checks.check_settings(type(self).__name__, arrays, eps, group, "(channels,)", sizes, same, **told)
+        checks.check_settings(
+            type(self).__name__, arrays, eps, group, dict.fromkeys(arrays, "(channels,)"), sizes, same, **told
+        )
         shards = dict.fromkeys(self.params, self._axis(0) if replicated is None else None)
         self._set(eps=float(eps), shards=shards)
         return group
@@ -344,7 +356,7 @@ class ChannelNorm(RowNorm[Saved]):
         return cls(weight, bias, **settings)  # type: ignore[call-arg, misc]
 
     def _check(self, **arrays: Array) -> None:
-        checks.check_channels(type(self).__name__, self.params, self.group, **arrays)
+        checks.check_channels(type(self).__name__, self.params, self._shapes, self.group, **arrays)
 
 
 def _told(settings: Settings) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
 
     p: float
     formula = norm.Formula(forward, backward, Saved)
-    shape = "(features,), one axis"
+    _shapes = dict.fromkeys(("weight", "bias"), "(features,), one axis")
 
     def __init__(
         self,

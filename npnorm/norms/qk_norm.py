@@ -69,6 +69,7 @@ class QKNorm(norm.Norm):
     full_width: bool
     offset: float
     cast: norm.Cast
+    _shapes = {"weight": "(features,), one axis"}
 
     def __init__(
         self,
@@ -86,15 +87,9 @@ class QKNorm(norm.Norm):
         told: dict[str, Any] = {"full_width": full_width, "offset": offset, "compute": self.compute}
         for params in self.params.values():
             replicated = () if full_width else params
-            checks.check_settings("QKNorm", params, eps, ranks, "(features,), one axis", replicated=replicated, **told)
+            checks.check_settings("QKNorm", params, eps, ranks, self._shapes, replicated=replicated, **told)
             checks.check_offset("QKNorm", params, offset, ranks)
-        if not full_width:
-            with group.errors_on_all_ranks(ranks):
-                if q_weight.shape != k_weight.shape:
-                    raise ValueError(
-                        f"QKNorm: the weight of the queries has shape {tuple(q_weight.shape)}, of the keys "
-                        f"{tuple(k_weight.shape)}. Per head both have shape (head_dim,)."
-                    )
+        checks.check_pair("QKNorm", self.params, self._shapes, not full_width, ranks)
         formula = cast_rms_norm.order("QKNorm", cast, ranks)
         layout = engine.Features("QKNorm", ranks if full_width else group.SOLO)
         rows = {
@@ -112,6 +107,7 @@ class QKNorm(norm.Norm):
 
     def forward(self, q: Array, k: Array) -> tuple[tuple[Any, Any], Saved]:
         """Return (q, k), normalized, and what backward needs: per head of shape (..., head_dim)."""
+        checks.check_pair("QKNorm", self.params, self._shapes, not self.full_width, self.group)
         q, saved_q = self._forward("q", q)
         k, saved_k = self._forward("k", k)
         return (q, k), Saved(saved_q, saved_k)
@@ -119,6 +115,7 @@ class QKNorm(norm.Norm):
     def backward(self, dq: Array, dk: Array, saved: Saved) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """Return (dq, dk), and the complete gradients of the weights."""
         checks.check_saved("QKNorm", saved, Saved, self.group)
+        checks.check_pair("QKNorm", self.params, self._shapes, not self.full_width, self.group)
         dq, dw_q = self._backward("q", dq, saved.q)
         dk, dw_k = self._backward("k", dk, saved.k)
         if not self.full_width:
@@ -131,14 +128,14 @@ class QKNorm(norm.Norm):
 
     def _forward(self, name: str, x: Array) -> tuple[Any, rms_norm.Saved]:
         params = self.params[f"{name}_norm"]
-        checks.check_features("QKNorm", params, 1, self.group, **{name: x})
+        checks.check_features("QKNorm", params, self._shapes, 1, self.group, **{name: x})
         y, (rstd,), exponent = self.rows[name].forward(x, params)
         return y, rms_norm.Saved(x, rstd, exponent)
 
     def _backward(self, name: str, dy: Array, saved: rms_norm.Saved) -> tuple[Any, Any]:
         """Return dx, and the unrounded gradient of this rank's heads."""
         (x, rstd, exponent), params = saved, self.params[f"{name}_norm"]
-        checks.check_features("QKNorm", params, 1, self.group, dy=dy, **{name: x})
+        checks.check_features("QKNorm", params, self._shapes, 1, self.group, dy=dy, **{name: x})
         dx, grads = self.rows[name].backward(dy, x, params, (rstd,), exponent, rounded=False)
         return dx, grads["weight"]
 

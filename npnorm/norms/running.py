@@ -93,8 +93,10 @@ class RunningNorm(ChannelNorm[Saved]):
         self._set(running_mean=running_mean, running_var=running_var, batches=batches)
 
     def _check(self, **arrays: Array) -> None:
-        known = self.params or ({} if self.running_mean is None else {"running_mean": self.running_mean})
-        checks.check_channels(type(self).__name__, known, self.group, **arrays)
+        running = {"running_mean": self.running_mean, "running_var": self.running_var}
+        known = self.params | {name: a for name, a in running.items() if a is not None}
+        shapes = self._shapes | dict.fromkeys(running, "(channels,)")
+        checks.check_channels(type(self).__name__, known, shapes, self.group, **arrays)
 
     def _shown(self) -> dict[str, Any]:
         return {**super()._shown(), "momentum": self.momentum, "batches": self.batches}

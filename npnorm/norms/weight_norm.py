@@ -63,11 +63,13 @@ class WeightNorm(Norm):
 
     formula = engine.Formula(scale_norm.forward, scale_norm.backward, Saved, params=("weight_g",), read=("weight_g",))
 
+    _shapes = {"weight_g": "(outputs,) or (outputs, 1, ...)"}
+
     def __init__(self, weight_g: Array, **settings: Unpack[Common]) -> None:
         group = self._set_common(settings)
         self.params = {"weight_g": weight_g}
-        shape = "(outputs,) or (outputs, 1, ...)"
-        checks.check_settings("WeightNorm", self.params, 0, group, shape, replicated=self.params, compute=self.compute)
+        told: dict[str, Any] = {"compute": self.compute}
+        checks.check_settings("WeightNorm", self.params, 0, group, self._shapes, replicated=self.params, **told)
         rows = engine.Rows(engine.Batch("WeightNorm", group), self.formula, 0, self.compute)
         self._set(shards={"weight_g": None}, rows=rows)
 
@@ -104,10 +106,11 @@ class WeightNorm(Norm):
         return dv[0, ...], grads
 
     def _check(self, **arrays: Array) -> None:
-        outputs = self.params["weight_g"].shape[0]
         with errors_on_all_ranks(self.group):
+            checks.check_params("WeightNorm", self.params, self._shapes)
+            outputs = self.params["weight_g"].shape[0]
             for name, x in arrays.items():
-                checks.check_module("WeightNorm", x, self.params)
+                checks.check_module("WeightNorm", x, self.params, name)
                 checks.check_float("WeightNorm", name, x)
                 if x.ndim < 2 or 0 in x.shape or x.shape[0] != outputs:
                     raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from npnorm import norms
+from npnorm.arrays import with_article
 
 ELSEWHERE = strict.Device("device1")
 
@@ -214,10 +215,13 @@ def dtypes():
                         " Turn it into an array first, for example by numpy.asarray."
                     )
                 else:
-                    message = rf"; got a {kind}\. Turn it into an array first, for example by numpy\.asarray\.$"
+                    remedy = rf"{said}\.numpy\(force=True\)" if kind == "Tensor" else r"numpy\.asarray"
+                    message = rf"^{layer}: {said} must be an array of .*; got a {kind}\. .*, for example by {remedy}\.$"
                 yield row(name, f"{argument} is a {kind}", TypeError, message, **{argument: bad})
             if argument in norm.inputs:
-                message = r"; got a NoneType\. Turn it into an array first, for example by numpy\.asarray\.$"
+                message = (
+                    rf"^{layer}: {said} must be an array of .*; got a NoneType\. .*, for example by numpy\.asarray\.$"
+                )
                 yield row(name, f"{argument} is None", TypeError, message, **{argument: None})
 
 
@@ -496,6 +500,107 @@ def mixed_up():
     yield Row(what, partial(adaptive.backward, x, saved), ValueError, "^AdaptiveNorm.*saved")
 
 
+def replaced(name, argument, value, used, backward):
+    """Run a norm after an entry of its params was replaced; a function of the params changes them as a whole."""
+    norm, layer = NORMS[name], built(name)
+    inputs, gradients = (tuple(map(array, shapes.values())) for shapes in (norm.inputs, norm.gradients))
+    _, saved = layer.forward(*inputs)
+    if used:
+        layer.backward(*gradients, saved)
+    else:
+        layer = built(name)
+    if callable(value):
+        value(layer)
+    else:
+        holder = layer.params if name != "QKNorm" else layer.params[f"{argument[0]}_norm"]
+        holder[called(name, argument)] = array(value)
+    return layer.backward(*gradients, saved) if backward else layer.forward(*inputs)
+
+
+def after(name, argument, what, value, error, message):
+    """Return rows for params that were changed before the first call, and after others."""
+    first = partial(replaced, name, argument, value, used=False, backward=False)
+    yield Row(f"{name}: {argument} {what}, before the first forward", first, error, message)
+    later = partial(replaced, name, argument, value, used=True, backward=True)
+    yield Row(f"{name}: {argument} {what}, before a later backward", later, error, message)
+
+
+def replacements():
+    """Return rows for parameters that the constructor would refuse, put into params later."""
+    for name, norm in NORMS.items():
+        for argument in norm.params:
+            said, shape = called(name, argument), SHAPES.get(argument, norm.shape)
+            message = f"{name} works on float16, bfloat16, float32, float64; {said} is int64."
+            whole = array(norm.params[argument]).astype("int64")
+            yield from after(name, argument, "replaced by integers", whole, TypeError, f"^{re.escape(message)}")
+            for bad in ([1.0], 1.0, None):
+                message = f"{name}: {said} must be an array of shape {shape}; got {with_article(bad)}."
+                what = f"replaced by {with_article(bad)}"
+                yield from after(name, argument, what, bad, TypeError, f"^{re.escape(message)}")
+            for bad in {(7, 1), (2, 4), (7,), (1,), (), (0,)} - {norm.params[argument]}:
+                if (shape == "() or (1,)" and bad == ()) or (shape.startswith("(outputs") and bad[1:] == (1,)):
+                    continue
+                alone = len([other for other in norm.params if SHAPES.get(other) == SHAPES.get(argument)]) == 1
+                if alone and bad in ((1,), (7,)) and shape != "() or (1,)":
+                    message = rf"^{name} holds \d (features|lengths); "
+                elif name == "QKNorm" and bad in ((1,), (7,)):
+                    message = "^QKNorm: the weight of the queries has shape"
+                else:
+                    message = "^" + re.escape(f"{name}: each parameter must have shape {shape}, the same for all; got ")
+                yield from after(name, argument, f"replaced by {bad}", bad, ValueError, message)
+        params = " nothing" if name in ("AdaptiveNorm", "L2Norm") else ""
+        message = rf"^{name}: params has 'wieght', which means nothing\. It takes "
+        misspelled = partial(misspell, "wieght")
+        yield from after(name, "params", f"with a misspelled name{params}", misspelled, ValueError, message)
+        for bad in (None, [np.ones(6)]):
+            message = rf"^{name}: params must be a dict of arrays by name; got {with_article(bad)}\. "
+            what = f"replaced by {with_article(bad)}"
+            yield from after(name, "params", what, partial(assign, bad), TypeError, message)
+    for name in ("DyT", "Derf", "WeightNorm", "QKNorm"):
+        message = rf"^{name}: params lacks '\w+'\. It takes "
+        yield from after(name, "params", "without what it needs", partial(assign, {}), ValueError, message)
+    for name in ("LayerNorm", "RMSNorm", "CastRMSNorm", "AddRMSNorm", "DyT"):
+        wide = {n: array((4, 6)) for n in ("weight", "bias")} | ({"alpha": np.ones(1)} if name == "DyT" else {})
+        message = exact(
+            f"{name} was made for 1 axes of features; weight has shape (4, 6). Make another {name} for others."
+        )
+        yield from after(name, "params", "of two axes", partial(assign, wide), ValueError, message)
+    message = exact(
+        "LayerNorm was made for features of shape (6,); weight has shape (5,). Make another LayerNorm for others."
+    )
+    other = norms.LayerNorm(features=6)
+    other.params["weight"] = np.ones(5)
+    yield Row("LayerNorm: a weight of 5 after features=6", lambda: other.forward(np.ones((4, 6))), ValueError, message)
+    five = {"weight": np.ones(5), "bias": np.ones(5)}
+    message = "^BatchNorm: each parameter must have shape .channels,., the same for all; got .* running_var .6,.[.]$"
+    yield from after(
+        "BatchNorm", "params", "of 5 channels beside statistics of 6", partial(assign, five), ValueError, message
+    )
+    bare = norms.AdaptiveNorm(norms.RMSNorm())
+    bare.norm.params["weight"] = np.ones(6)
+    message = "^AdaptiveNorm takes a norm without weight and bias, over one axis; this one has .'weight'. and 1 axes"
+    yield Row("AdaptiveNorm: a weight of its norm", lambda: bare.forward(*[np.ones((6, 6))] * 3), ValueError, message)
+    gain = norms.RMSNorm(np.ones(6), offset=1)
+    gain.params.clear()
+    message = exact("RMSNorm: offset is 1, and there is no weight to add it to. Leave it out.")
+    yield Row(
+        "RMSNorm: offset after the weight was removed", lambda: gain.forward(np.ones((4, 6))), ValueError, message
+    )
+
+
+def misspell(name, layer):
+    """Rename the first parameter, or add one."""
+    params = layer.params
+    first = next(iter(params), None)
+    layer.params = (
+        {name: np.ones(6)} if first is None else {name: params[first], **{n: params[n] for n in list(params)[1:]}}
+    )
+
+
+def assign(value, layer):
+    layer.params = value
+
+
 def complex_numbers():
     """Return rows for complex128 beside floats; together they are let through, for the complex step."""
     for argument in ("weight", "dy"):
@@ -565,6 +670,7 @@ TABLE = [
     *(row(name, what, ValueError, exact(said), **changes) for name, what, changes, said in shapes()),
     *strangers(),
     *mixed_up(),
+    *replacements(),
     *complex_numbers(),
     *outs(),
 ]
