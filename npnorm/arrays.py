@@ -78,12 +78,12 @@ def array_module(x: Array) -> Any:
     >>> array_module(np.ones(3)) is np
     True
     """
-    if isinstance(x, (np.ndarray, np.generic)):
+    if type(x) is np.ndarray or (isinstance(x, (np.ndarray, np.generic)) and not is_masked(x)):
         return np
     cupy: Any = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         return cupy
-    if hasattr(x, "__array_namespace__"):
+    if hasattr(x, "__array_namespace__") and not is_masked(x):
         return x.__array_namespace__()
     raise TypeError(
         f"npnorm works on arrays of NumPy, CuPy or the array API standard; got {with_article(x)}. "
@@ -91,8 +91,16 @@ def array_module(x: Array) -> Any:
     )
 
 
+def is_masked(x: Any) -> bool:
+    """Return whether `x` is a masked array of NumPy, which cannot exist unless numpy.ma is already loaded."""
+    ma: Any = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(x, ma.MaskedArray)
+
+
 def turn_into_array(name: str, x: Any) -> str:
     """Return what to do about a value, called `name`, that is not an array, for a message."""
+    if is_masked(x):
+        return f"Its mask would be ignored. Replace what is masked first, for example by {name}.filled(0)."
     is_torch = type(x).__module__.partition(".")[0] == "torch" and hasattr(x, "numpy")
     return (
         f"Turn it into an array first, for example by {f'{name}.numpy(force=True)' if is_torch else 'numpy.asarray'}."

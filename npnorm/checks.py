@@ -284,6 +284,12 @@ def check_channels(
         check_same_shape(layer, arrays)
 
 
+def check_group(layer: str, group: Any) -> None:
+    """Raise unless `group` is a group, on this rank alone: without a group there are no others to tell."""
+    if not hasattr(group, "require_same"):
+        raise TypeError(f"{layer}: group is {with_article(group)}. Wrap a communicator first: npnorm.mpi.Ranks(comm).")
+
+
 def check_offset(layer: str, params: dict[str, Array], offset: float, group: Group) -> None:
     """Raise unless `offset` is a finite number, and 0 where there is no weight to add it to."""
     with errors_on_all_ranks(group):
@@ -455,13 +461,13 @@ def check_same_shape(layer: str, arrays: dict[str, Array]) -> None:
             raise ValueError(f"{said} {reference} {tuple(arrays[reference].shape)}. Both must have the same shape.")
 
 
-def check_saved(layer: str, saved: Any, kind: type, group: Group = SOLO) -> None:
+def check_saved(layer: str, saved: Any, kind: type, group: Group = SOLO, method: str = "backward") -> None:
     """Raise one clear error, on every rank of the group, unless `saved` is what this kind of layer saves."""
     if isinstance(saved, kind):
         return
     with errors_on_all_ranks(group):
         kind_of_saved = f"{type(saved).__module__}.{type(saved).__qualname__}"
-        raise TypeError(f"{layer}.backward takes what {layer}.forward saved; got {kind_of_saved}.")
+        raise TypeError(f"{layer}.{method} takes what {layer}.forward saved; got {kind_of_saved}.")
 
 
 def check_input(layer: str, x: Array, params: Tree, width: int) -> None:

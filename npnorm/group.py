@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from npnorm.arrays import Array, array_module
+from npnorm.arrays import Array, array_module, with_article
 
 
 class RankError(RuntimeError):
@@ -94,7 +94,7 @@ def errors_on_all_ranks(group: Group) -> Iterator[None]:
     ValueError: on all
     """
     if not hasattr(group, "require_same"):
-        raise TypeError(f"group is a {type(group).__name__}. Wrap a communicator first: npnorm.mpi.Ranks(comm).")
+        raise TypeError(f"group is {with_article(group)}. Wrap a communicator first: npnorm.mpi.Ranks(comm).")
     try:
         yield
     except RankError:

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from npnorm.arrays import Array, describe, to_numpy
+from npnorm.arrays import Array, describe, to_numpy, with_article
 from npnorm.group import Group, Solo
 
 Tree = Any
@@ -81,9 +81,23 @@ def summary(layer: str, params: Tree = None, /, **settings: Any) -> str:
     >>> summary("Linear", {"weight": np.ones((4, 5)), "bias": np.ones(4)}, group=Solo())
     'Linear(weight=(4, 5) float64, bias=(4,) float64)'
     """
-    parts = [f"{name}={describe(array)}" for name, array in leaves({} if params is None else params)]
+    parts = [f"{name}={show(array)}" for name, array in leaves({} if params is None else params)]
     known = {name: value for name, value in settings.items() if value is not None and not isinstance(value, Solo)}
     return f"{layer}({', '.join([*parts, *(f'{name}={value!r}' for name, value in known.items())])})"
+
+
+def show(value: Any) -> str:
+    """Return shape and dtype of an array, for a `repr`, which never raises; of anything else its type.
+
+    Examples
+    --------
+    >>> show([1.0])
+    'a list'
+    """
+    try:
+        return describe(value)
+    except TypeError:
+        return with_article(value)
 
 
 def show_shapes(saved: type) -> type:

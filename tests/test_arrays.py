@@ -43,6 +43,13 @@ def test_what_is_not_an_array_is_refused(value):
         arrays.array_module(value)
 
 
+def test_a_masked_array_is_refused_and_its_mask_not_ignored():
+    masked = np.ma.masked_greater(np.arange(3.0), 1)
+    with pytest.raises(TypeError, match=r"got a MaskedArray\. Its mask would be ignored\. .* by x\.filled\(0\)"):
+        arrays.array_module(masked)
+    assert arrays.array_module(masked.filled(0)) is np
+
+
 def test_numpy_arrays_travel_without_a_copy():
     x = np.arange(6.0)
     assert arrays.to_numpy(x) is x

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from npnorm.arrays import Array, array_module, dtype_name, is_cuda
+from npnorm.arrays import Array, array_module, dtype_name, is_cuda, with_article
 
 KNOWN = 64
 """How many shapes of arrays, at most, are remembered to have passed all checks."""
@@ -92,7 +92,13 @@ def check_out(layer: str, out: Any, x: Array, *others: Array) -> None:
     """Raise unless a result like x can be written to `out` while x and the others are read."""
     if out is None:
         return
-    if array_module(out) is not array_module(x) or tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
+    try:
+        module = array_module(out)
+    except TypeError:
+        like = f"like x, {tuple(x.shape)} {dtype_name(x)}"
+        got = f"got {with_article(out)}. Make it by numpy.empty_like(x)."
+        raise TypeError(f"{layer}: out must be an array {like}; {got}") from None
+    if module is not array_module(x) or tuple(out.shape) != tuple(x.shape) or out.dtype != x.dtype:
         raise ValueError(
             f"{layer}: out must be an array like x, {tuple(x.shape)} {dtype_name(x)}; got {tuple(out.shape)} "
             f"{dtype_name(out)}. Make it by numpy.empty_like(x)."
@@ -102,7 +108,7 @@ def check_out(layer: str, out: Any, x: Array, *others: Array) -> None:
         raise ValueError(
             f"{layer}: out must be writable, aligned and in C order. Make it by numpy.empty(x.shape, x.dtype)."
         )
-    if is_strided(out) and any(array_module(out).may_share_memory(out, a) for a in (x, *others)):
+    if is_strided(out) and any(module.may_share_memory(out, a) for a in (x, *others)):
         raise ValueError(
             f"{layer}: out shares memory with an array that is read, and that backward may need. Take another."
         )

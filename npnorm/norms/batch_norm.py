@@ -182,7 +182,7 @@ class BatchNorm(running.RunningNorm[Saved]):
         ValueError
             If the batch had a NaN or infinity; the running statistics stay as they were.
         """
-        self._check_saved(saved)
+        self._check_saved(saved, "track")
         self._check(x=saved.x)
         with np.errstate(all="ignore"):
             mean, unbiased = saved.mean.high + saved.mean.low, saved.var * (saved.n / (saved.n - 1))

@@ -117,7 +117,7 @@ class CastRMSNorm(norm.FeatureNorm[Saved]):
         offset: float = 0,
         **settings: Unpack[norm.Settings],
     ) -> None:
-        formula = order(type(self).__name__, cast, settings.get("group", self.group))
+        formula = order(type(self).__name__, cast, self._set_common(settings, norm.Settings))
         self._set(cast=cast, formula=formula)
         super().__init__(weight, bias, eps, offset=offset, **settings)
 

@@ -47,9 +47,12 @@ def fold(norm: LayerNorm | RMSNorm, linear: Any) -> tuple[Any, Any]:
     ({}, array([[2., 1.],
            [6., 2.]]), array([-1., -1.]))
     """
-    matrix, bias = linear.params["weight"], linear.params.get("bias")
     if not isinstance(norm, (LayerNorm, RMSNorm)):
         raise TypeError(f"fold takes a LayerNorm or RMSNorm; got {arrays.with_article(norm)}.")
+    if not isinstance(getattr(linear, "params", None), dict) or "weight" not in linear.params:
+        got = arrays.with_article(linear)
+        raise TypeError(f"fold takes a Linear after the norm; got {got}. Make one: npnorm.layers.Linear(weight, bias).")
+    matrix, bias = linear.params["weight"], linear.params.get("bias")
     with errors_on_all_ranks(linear.group):
         checks.check_module("fold", matrix, norm.params)
         if norm.axes != 1:

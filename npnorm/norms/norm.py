@@ -9,10 +9,10 @@ from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack
 import numpy as np
 
 from npnorm import checks
-from npnorm.arrays import AnyArray, Array, describe
+from npnorm.arrays import AnyArray, Array
 from npnorm.engine import FORMS, Features, Formula, Rows
 from npnorm.group import SOLO, Group, Solo, errors_on_all_ranks
-from npnorm.tree import leaves, show_shapes
+from npnorm.tree import leaves, show, show_shapes
 
 Compute = Literal["float64", "float32"] | None
 """The working precision: float64 (None), or float32, which is faster and less exact: see docs/precision.md."""
@@ -142,6 +142,7 @@ class Norm:
             if name not in kind.__annotations__:
                 raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
         self._set(**{name: value for name, value in settings.items() if name in Common.__annotations__})
+        checks.check_group(type(self).__name__, self.group)
         return self.group
 
     def _axis(self, axis: int) -> int | None:
@@ -156,7 +157,7 @@ class Norm:
         return shown | ({} if self.compute is None else {"compute": self.compute})
 
     def __repr__(self) -> str:
-        arrays = [f"{name}={describe(a)}" for name, a in leaves(self.params)]
+        arrays = [f"{name}={show(a)}" for name, a in leaves(self.params)]
         settings = [f"{name}={value!r}" for name, value in self._shown().items()]
         return f"{type(self).__name__}({', '.join(arrays + settings)})"
 
@@ -183,9 +184,9 @@ class RowNorm(Norm, Generic[Saved]):
         x, *statistics, exponent = of_x
         return self.rows.backward(dy, x, self.params, tuple(statistics), exponent, out=out, check=self._check)
 
-    def _check_saved(self, saved: Any) -> None:
-        """Raise, on every rank of the group, unless it is what forward saves."""
-        checks.check_saved(type(self).__name__, saved, self.formula.saved, self.group)
+    def _check_saved(self, saved: Any, method: str = "backward") -> None:
+        """Raise, on every rank of the group, unless it is what forward saves; `method` takes it."""
+        checks.check_saved(type(self).__name__, saved, self.formula.saved, self.group, method)
 
     def _check(self, **arrays: Array) -> None:
         """Raise, on every rank of the group, unless the arrays suit the norm."""

@@ -77,6 +77,7 @@ class WeightNorm(Norm):
     def of(cls, weight: Array, **settings: Unpack[Common]) -> Self:
         """Return the norm with the lengths of the rows of `weight`, so that forward(weight) is weight again."""
         group = settings.get("group", cls.group)
+        checks.check_group("WeightNorm", group)
         with errors_on_all_ranks(group):
             checks.check_module("WeightNorm", weight, {}, "weight")
             checks.check_float("WeightNorm", "weight", weight)

@@ -309,7 +309,7 @@ def test_two_values_in_a_channel_are_enough():
 
 def test_what_inference_saved_cannot_be_tracked():
     norm = BatchNorm(W)
-    with pytest.raises(TypeError, match=r"takes what BatchNorm\.forward saved; got .*SavedInference"):
+    with pytest.raises(TypeError, match=r"^BatchNorm\.track takes what BatchNorm\.forward saved; got .*SavedInference"):
         norm.track(norm.inference(X)[1])
 
 

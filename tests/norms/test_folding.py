@@ -91,6 +91,14 @@ def test_the_folded_matrix_is_rounded_once(dtype):
     same_bits(linear.params["bias"], rounded(wide_matrix @ wide_b + wide_c, dtype))
 
 
+@pytest.mark.parametrize("bad", [np.ones((2, 3)), LayerNorm(), None])
+def test_what_is_not_a_linear_layer_is_refused(bad):
+    with pytest.raises(
+        TypeError, match=r"^fold takes a Linear after the norm; got .*\. Make one: npnorm\.layers\.Linear"
+    ):
+        fold(LayerNorm.init(3), bad)
+
+
 def test_the_offset_is_added_in_float32_before_folding():
     w = np.full(2, 0.00390625, BFLOAT16)  # 1 + w is 1 in bfloat16
     _, linear = fold(RMSNorm(w, offset=1), Linear(np.ones((1, 2), "float32")))

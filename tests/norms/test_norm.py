@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from npnorm import SOLO, norms
+from npnorm.arrays import with_article
 from npnorm.tree import leaves, map_tree
 from tests.check import run, same_bits
 from tests.norms.catalogue import EACH, norm_of
@@ -156,6 +157,15 @@ LINES = {
 @pytest.mark.parametrize("line", LINES)
 def test_a_norm_is_one_line(line):
     assert repr(LINES[line](np.ones(6))) == line
+
+
+@EACH
+@pytest.mark.parametrize("bad", [[1.0], 2.5, None, np.ma.ones(6)], ids=["list", "float", "None", "masked array"])
+def test_a_norm_is_shown_whatever_its_params_hold(entry, bad):
+    params, _ = entry.draw(np.random.default_rng(8))
+    norm = norm_of(entry.make(params))
+    norm.params = map_tree(lambda _: bad, norm.params)
+    assert repr(norm).count(f"={with_article(bad)}") == len(list(leaves(norm.params)))
 
 
 def test_every_norm_has_a_line():

@@ -13,6 +13,7 @@ import torch
 from npnorm import norms
 from npnorm.arrays import with_article
 
+MODULES = "NumPy, CuPy or the array API standard"
 ELSEWHERE = strict.Device("device1")
 
 
@@ -189,8 +190,11 @@ def settings():
         yield row(name, "compute='float16'", ValueError, message, compute="float16")
         message = r"compute='float32' would cut float64 arrays short\. Leave compute out for them\.$"
         yield row(name, "compute='float32' of float64", TypeError, message, compute="float32")
-        message = r"group is a object\. Wrap a communicator first: npnorm\.mpi\.Ranks\(comm\)\.$"
+        message = (
+            rf"^{layer_of(name, 'eps')}: group is an \w+\. Wrap a communicator first: npnorm\.mpi\.Ranks\(comm\)\.$"
+        )
         yield row(name, "a communicator that is not wrapped", TypeError, message, group=object())
+        yield row(name, "group=4", TypeError, message, group=4)
 
 
 def dtypes():
@@ -207,6 +211,14 @@ def dtypes():
                 }.get(dtype, f"Convert it first, for example by {said}.astype(numpy.float32).")
                 message = f"{layer} works on float16, bfloat16, float32, float64; {said} is {bad.dtype.name}. {remedy}"
                 yield row(name, f"{argument} of {dtype}", TypeError, exact(message), **{argument: bad})
+            masked = np.ma.masked_greater(array(shape), 1)
+            message = exact(
+                f"{layer}: {said} must be an array "
+                f"of {f'shape {SHAPES.get(argument, norm.shape)}' if argument in norm.params else MODULES}; "
+                f"got a MaskedArray. Its mask would be ignored. Replace what is masked first, for example by "
+                f"{said}.filled(0)."
+            )
+            yield row(name, f"{argument} is masked", TypeError, message, **{argument: masked})
             for bad in ([1.0], 1.0, "1.0", torch.ones(shape)):
                 kind = type(bad).__name__
                 if argument in norm.params and not hasattr(bad, "shape"):
@@ -470,7 +482,7 @@ def strangers():
     still = norms.BatchNorm(eps=0, running_mean=np.zeros(6), running_var=np.zeros(6))
     yield Row("BatchNorm: inference with a variance of 0", lambda: still.inference(x), ValueError, message)
     _, theirs = norms.LayerNorm().forward(x)
-    message = exact("BatchNorm.backward takes what BatchNorm.forward saved; got npnorm.norms.layer_norm.Saved.")
+    message = exact("BatchNorm.track takes what BatchNorm.forward saved; got npnorm.norms.layer_norm.Saved.")
     yield Row("BatchNorm: track of another norm", lambda: norms.BatchNorm().track(theirs), TypeError, message)
 
 
@@ -644,10 +656,10 @@ def outs():
         yield Row(f"{name}: dx to an out that is dy", own, ValueError, exact(shared))
         overlapping = partial(write_to, name, lambda x, dy: dy.base[1:], True)
         yield Row(f"{name}: dx to an out that overlaps dy", overlapping, ValueError, exact(shared))
-        for bad in ([1.0], 1.0):
+        for bad in ([1.0], 1.0, torch.ones(shape), np.ma.ones(shape)):
             for backward in (False, True):
                 what = f"{name}: {'dx' if backward else 'y'} to an out that is a {type(bad).__name__}"
-                message = rf"; got a {type(bad).__name__}\."
+                message = exact(f"{like_x} got {with_article(bad)}. {fresh}")
                 yield Row(what, partial(write_to, name, bad, backward), TypeError, message)
 
 
