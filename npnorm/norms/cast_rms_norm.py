@@ -119,7 +119,7 @@ class CastRMSNorm(norm.FeatureNorm[Saved]):
     ) -> None:
         formula = order(type(self).__name__, cast, self._set_common(settings, norm.Settings))
         self._set(cast=cast, formula=formula)
-        super().__init__(weight, bias, eps, offset=offset, **settings)
+        super().__init__(weight, bias, eps, settings, offset=offset)
 
     def _shown(self) -> dict[str, Any]:
         return super()._shown() | {"cast": self.cast}

@@ -87,7 +87,7 @@ class Derf(elementwise.Elementwise):
         bias: Array | None = None,
         **settings: Unpack[Common],
     ) -> None:
-        super().__init__({"alpha": alpha, "shift": shift}, weight, bias, **settings)
+        super().__init__({"alpha": alpha, "shift": shift}, weight, bias, settings)
 
     @classmethod
     def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[Common]) -> Self:

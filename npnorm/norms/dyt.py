@@ -79,7 +79,7 @@ class DyT(elementwise.Elementwise):
     def __init__(
         self, alpha: Array, weight: Array | None = None, bias: Array | None = None, **settings: Unpack[Common]
     ) -> None:
-        super().__init__({"alpha": alpha}, weight, bias, **settings)
+        super().__init__({"alpha": alpha}, weight, bias, settings)
 
     @classmethod
     def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[Common]) -> Self:

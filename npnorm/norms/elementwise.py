@@ -1,6 +1,6 @@
 """What DyT and Derf share: parameters, checks, and a gradient that the ranks of a group add. No mathematics."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 from npnorm import checks, engine
 from npnorm.arrays import AnyArray, Array, round_to
@@ -27,7 +27,7 @@ class Elementwise(Norm):
         The parameters that all elements share. On a group, the same on every rank.
     weight, bias : arrays of the shape of the features, or None
         w and b; None leaves it out. On a group, this rank's shard of the last axis.
-    **settings : group, compute
+    settings : group, compute
         As for every `FeatureNorm`.
     """
 
@@ -38,9 +38,9 @@ class Elementwise(Norm):
     def __init__(
         self,
         numbers: dict[str, Array],
-        weight: Array | None = None,
-        bias: Array | None = None,
-        **settings: Unpack[Common],
+        weight: Array | None,
+        bias: Array | None,
+        settings: Common,
     ) -> None:
         layer, group = type(self).__name__, self._set_common(settings)
         affine = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}

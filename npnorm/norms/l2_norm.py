@@ -49,6 +49,7 @@ class L2Norm(ScaleNorm):
     _shapes = {}
 
     def __init__(self, eps: float = 1e-12, **settings: Unpack[Settings]) -> None:
+        self._set_common(settings, Settings)  # a weight is none
         super().__init__(None, eps, **settings)
 
     @classmethod

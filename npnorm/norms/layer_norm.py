@@ -95,4 +95,4 @@ class LayerNorm(FeatureNorm[Saved]):
         statistics: Literal["two-pass", "packed", "gathered"] = "two-pass",
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(weight, bias, eps, statistics=statistics, **settings)
+        super().__init__(weight, bias, eps, settings, statistics=statistics)

@@ -4,6 +4,7 @@ A page brings the formula: `forward(row, x, w, b) -> y, statistics` and `backwar
 db`, where dw and db are still to be summed over the rows; and `Saved`, whose fields are x, the statistics, exponent.
 """
 
+import inspect
 from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
@@ -140,7 +141,11 @@ class Norm:
         """Set `group` and `compute`, if they are given; return the group. Raise if `kind` does not have a setting."""
         for name in settings:
             if name not in kind.__annotations__:
-                raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
+                taken = inspect.signature(type(self)).parameters.values()
+                named = [p.name for p in taken if p.kind is not p.VAR_KEYWORD]
+                raise TypeError(
+                    f"{type(self).__name__} has no {name!r}. It takes {', '.join([*named, *kind.__annotations__])}."
+                )
         self._set(**{name: value for name, value in settings.items() if name in Common.__annotations__})
         checks.check_group(type(self).__name__, self.group)
         return self.group
@@ -227,13 +232,13 @@ class FeatureNorm(RowNorm[Saved]):
 
     def __init__(
         self,
-        weight: Array | None = None,
-        bias: Array | None = None,
-        eps: float = 1e-5,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        settings: Settings,
         *,
         offset: float = 0,
         statistics: Statistics = "two-pass",
-        **settings: Unpack[Settings],
     ) -> None:
         layer, group = type(self).__name__, self._set_common(settings, Settings)
         self.params = {name: a for name, a in (("weight", weight), ("bias", bias)) if a is not None}

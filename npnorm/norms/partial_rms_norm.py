@@ -92,7 +92,7 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
         eps: float = 1e-6,
         **settings: Unpack[norm.Settings],
     ) -> None:
-        super().__init__(weight, bias, eps, **settings)
+        super().__init__(weight, bias, eps, settings)
         checks.check_part("PartialRMSNorm", p, self.group)
         self._set(p=p, rows=engine.Rows(self.layout, rms_norm.RMSNorm.formula, eps, self.compute))
 

@@ -86,4 +86,4 @@ class RMSNorm(FeatureNorm[Saved]):
         offset: float = 0,
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(weight, bias, eps, offset=offset, **settings)
+        super().__init__(weight, bias, eps, settings, offset=offset)

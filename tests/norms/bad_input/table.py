@@ -174,11 +174,39 @@ def settings():
         for cast in ("Llama", "bf16", "", 1):
             message = f"{layer_of(name, 'cast')}: cast is {cast!r}. Choose None, 'llama', 'olmo2' or 'gemma'."
             yield row(name, f"cast={cast!r}", ValueError, exact(message), cast=cast)
-    message = exact("RMSNorm.__init__() got an unexpected keyword argument 'cast'")
-    yield row("RMSNorm", "cast='llama'", TypeError, message, cast="llama")
-    for name in NORMS:
-        message = r"\(\) got an unexpected keyword argument 'epsilon'$"
+    common = "group, compute"
+    takes = {
+        "LayerNorm": f"weight, bias, eps, statistics, {common}, axes, features",
+        "RMSNorm": f"weight, bias, eps, offset, {common}, axes, features",
+        "CastRMSNorm": f"weight, bias, eps, cast, offset, {common}, axes, features",
+        "PartialRMSNorm": f"weight, bias, p, eps, {common}, axes, features",
+        "AddRMSNorm": f"weight, bias, eps, offset, {common}, axes, features",
+        "GatedRMSNorm": f"weight, eps, groups, norm_before_gate, {common}",
+        "QKNorm": f"q_weight, k_weight, eps, full_width, offset, cast, {common}",
+        "BatchNorm": f"weight, bias, eps, momentum, running_mean, running_var, batches, {common}",
+        "GroupNorm": f"groups, weight, bias, eps, {common}",
+        "InstanceNorm": f"weight, bias, eps, {common}",
+        "ScaleNorm": f"weight, eps, {common}, axes, features",
+        "L2Norm": f"eps, {common}, axes, features",
+        "WeightNorm": f"weight_g, {common}",
+        "DyT": f"alpha, weight, bias, {common}",
+        "Derf": f"alpha, shift, weight, bias, {common}",
+    }
+    for name, said in takes.items():
+        message = exact(f"{layer_of(name, 'eps')} has no 'epsilon'. It takes {said}.")
         yield row(name, "epsilon=1e-5", TypeError, message, epsilon=1e-5)
+    for name, argument, value in (
+        ("RMSNorm", "cast", "llama"),
+        ("RMSNorm", "statistics", "packed"),
+        ("CastRMSNorm", "statistics", "packed"),
+        ("PartialRMSNorm", "statistics", "packed"),
+        ("PartialRMSNorm", "offset", 1),
+        ("LayerNorm", "offset", 1),
+        ("L2Norm", "weight", np.ones(1)),
+        ("DyT", "eps", 1e-5),
+    ):
+        message = exact(f"{name} has no {argument!r}. It takes {takes[name]}.")
+        yield row(name, f"{argument}, which it has no use for", TypeError, message, **{argument: value})
     for name in ("RMSNorm", "CastRMSNorm", "QKNorm"):
         for offset in (np.nan, np.inf, "1", None, True, 1j):
             message = f"{name}: offset is {offset!r}. It must be a finite number, usually 0 or 1."
