@@ -5,7 +5,7 @@ What norms ask comes first, then what the other layers ask.
 
 import math
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -157,12 +157,51 @@ def check_settings(
     with errors_on_all_ranks(group):
         for name, array in params.items():
             is_size = _is_size(array) and shapes[name].startswith(("(features", "(channels"))
-            made = f"{layer}.init({sizes.format(array)}) makes the {name}." if is_size else None
-            check_array(layer, name, array, f"of shape {shapes[name]}", made)
+            remedy = f"{layer}.init({sizes.format(array)}) makes the {name}." if is_size else None
+            if isinstance(array, float) and 0 < array < 0.01 and eps:  # a layer without eps has 0
+                remedy = f"Did you mean eps={array}?"
+            check_array(layer, name, array, f"of shape {shapes[name]}", remedy)
         require_same_settings(layer, group, params, replicated, eps=eps, **settings)
         if not is_number(eps) or eps < 0:
             raise ValueError(f"{layer}: eps is {eps!r}. It must be a finite number, 0 or greater.")
         check_params(layer, params, shapes)
+
+
+def check_init(
+    layer: str,
+    name: str,
+    size: Any,
+    dtype: Any,
+    settings: Mapping[str, Any],
+    weights: Collection[str],
+    axes: bool = False,
+) -> None:
+    """Raise unless `init` can make the parameters: of a size, called `name`, of a dtype, and of nothing in `settings`.
+
+    Parameters
+    ----------
+    weights : names
+        What `init` makes.
+    axes : bool
+        Whether the size may be a tuple, for several axes.
+    """
+    given = [weight for weight in weights if weight in settings]
+    if given:
+        raise TypeError(f"{layer}.init makes {given[0]} itself. Leave it out, or pass your own arrays to {layer}.")
+    check_group(layer, settings.get("group", SOLO))
+    with errors_on_all_ranks(settings.get("group", SOLO)):
+        sizes = size if axes and isinstance(size, tuple) else (size,)
+        if not sizes or not all(map(is_count, sizes)):
+            got = f"an array of shape {tuple(size.shape)}" if getattr(size, "shape", ()) else repr(size)
+            more = ", or a tuple of such" if axes else ""
+            raise ValueError(f"{layer}.init: {name} is {got}. It must be an integer, 1 or more{more}.")
+        try:
+            known = np.dtype(dtype).name in (*FLOATS, "complex128")
+        except TypeError:
+            known = False
+        if not known:
+            meant = f" Did you mean eps={dtype}?" if isinstance(dtype, float) else ""
+            raise TypeError(f"{layer}.init: dtype is {dtype!r}. It must be one of {', '.join(FLOATS)}.{meant}")
 
 
 def check_entries(layer: str, params: Any, known: Collection[str], optional: Collection[str] = ()) -> None:
@@ -253,12 +292,17 @@ def check_features(
                 if expected is None:
                     held, last = "needs at least one feature", "must not be empty"
                 elif len(expected) == 1:
-                    held, last = f"holds {expected[0]} features", f"must be {expected[0]}"
+                    held, last = f"holds {expected[0]} features{_on_each(group)}", f"must be {expected[0]}"
                 else:
-                    held, last = f"holds features of shape {expected}", f"must be {expected}"
+                    held, last = f"holds features of shape {expected}{_on_each(group)}", f"must be {expected}"
                 plural = "axis" if axes == 1 else f"{axes} axes"
                 raise ValueError(f"{layer} {held}; {name} has shape {tuple(x.shape)}. The last {plural} {last}.")
         check_same_shape(layer, arrays)
+
+
+def _on_each(group: Group) -> str:
+    """Return where so many features are held, for a message."""
+    return f" on each of {group.size} ranks" if group.size > 1 else ""
 
 
 def check_channels(
@@ -275,7 +319,7 @@ def check_channels(
             check_module(layer, x, params, name)
             check_float(layer, name, x)
             if x.ndim < 2 or 0 in x.shape[1:] or (expected and x.shape[1] != expected):
-                held = f"holds {expected} channels" if expected else "needs at least one channel"
+                held = f"holds {expected} channels{_on_each(group)}" if expected else "needs at least one channel"
                 axis = f"must be {expected}" if expected else "is the channels"
                 raise ValueError(
                     f"{layer} {held}; {name} has shape {tuple(x.shape)}. "
@@ -290,7 +334,7 @@ def check_group(layer: str, group: Any) -> None:
         raise TypeError(f"{layer}: group is {with_article(group)}. Wrap a communicator first: npnorm.mpi.Ranks(comm).")
 
 
-def check_offset(layer: str, params: dict[str, Array], offset: float, group: Group) -> None:
+def check_offset(layer: str, params: Collection[str], offset: float, group: Group) -> None:
     """Raise unless `offset` is a finite number, and 0 where there is no weight to add it to."""
     with errors_on_all_ranks(group):
         if not is_number(offset):
@@ -299,11 +343,17 @@ def check_offset(layer: str, params: dict[str, Array], offset: float, group: Gro
             raise ValueError(f"{layer}: offset is {offset}, and there is no weight to add it to. Leave it out.")
 
 
+def check_number_of_groups(layer: str, groups: Any) -> None:
+    """Raise unless so many groups can be."""
+    if not is_count(groups):
+        got = f"an array of shape {tuple(groups.shape)}" if hasattr(groups, "shape") else repr(groups)
+        raise ValueError(f"{layer}: groups is {got}. It must be an integer, 1 or more.")
+
+
 def check_feature_groups(layer: str, groups: int, group: Group, *sizes: int) -> None:
     """Raise unless the ranks divide the groups of features, and these the features, of which this rank has a size."""
     with errors_on_all_ranks(group):
-        if not is_count(groups):
-            raise ValueError(f"{layer}: groups is {groups!r}. It must be an integer, 1 or more.")
+        check_number_of_groups(layer, groups)
         if groups > 1 and groups % group.size:
             raise ValueError(f"{layer}: {group.size} ranks cannot share {groups} groups. The ranks must divide them.")
         for size in sizes:
@@ -317,10 +367,10 @@ def check_feature_groups(layer: str, groups: int, group: Group, *sizes: int) -> 
 def check_pair(layer: str, params: Any, shapes: dict[str, str], per_head: bool, group: Group) -> None:
     """Raise unless there are the weights of queries and keys, per head of one shape."""
     with errors_on_all_ranks(group):
-        check_entries(layer, params, ("q_norm", "k_norm"))
-        for of_one in params.values():
-            check_params(layer, of_one, shapes, optional=())
-        q, k = (tuple(params[name]["weight"].shape) for name in ("q_norm", "k_norm"))
+        check_entries(layer, params, shapes)
+        for name, shape in shapes.items():
+            check_params(layer, params[name], {"weight": shape}, optional=())
+        q, k = (tuple(params[name]["weight"].shape) for name in shapes)
         if per_head and q != k:
             raise ValueError(
                 f"{layer}: the weight of the queries has shape {q}, of the keys {k}. "
@@ -366,8 +416,7 @@ def check_generator(layer: str, rng: Any, group: Group) -> None:
 def check_groups(layer: str, groups: int, group: Group) -> None:
     """Raise unless the ranks can share so many groups of channels."""
     with errors_on_all_ranks(group):
-        if not is_count(groups):
-            raise ValueError(f"{layer}: groups is {groups!r}. It must be an integer, 1 or more.")
+        check_number_of_groups(layer, groups)
         if groups % group.size and group.size % groups:
             raise ValueError(
                 f"{layer}: {group.size} ranks cannot share {groups} groups. "

@@ -19,10 +19,14 @@ norm.backward(y, y)  # arg-type: expected "Saved"
 RMSNorm(768)  # arg-type: incompatible type "int"; expected "Array | None"
 CastRMSNorm(w, cast="lama")  # arg-type: expected "Literal['llama', 'olmo2', 'gemma'] | None"
 RMSNorm(w, compute="float16")  # arg-type: expected "Literal['float64', 'float32'] | None"
-RMSNorm.init(8, epsilon=1e-5)  # call-arg: Unexpected keyword argument "epsilon" for "init" of "FeatureNorm"
+RMSNorm.init(8, epsilon=1e-5)  # call-arg: Unexpected keyword argument "epsilon" for "init" of "RMSNorm"
 BatchNorm.init(3).inference(y, 3)  # call-arg: Too many positional arguments for "inference" of "BatchNorm"
 LayerNorm.init(8, statistics="gather")  # arg-type: expected "Literal['two-pass', 'packed', 'gathered']"
 GroupNorm.init(2, 8, momentum=0.5)  # call-arg: Unexpected keyword argument "momentum" for "init" of "GroupNorm"
+RMSNorm.init(8, p=0.5)  # call-arg: Unexpected keyword argument "p" for "init" of "RMSNorm"
+LayerNorm.init(8, offset=1)  # call-arg: Unexpected keyword argument "offset" for "init" of "LayerNorm"
+LayerNorm(w, offset=1)  # call-arg: Unexpected keyword argument "offset" for "LayerNorm"
+CastRMSNorm.init(8)  # call-arg: Missing named argument "cast" for "init" of "CastRMSNorm"
 LayerNorm(w).backward(y, saved)  # arg-type: expected "npnorm.norms.layer_norm.Saved"
 """
 
@@ -58,6 +62,9 @@ again(LayerNorm.init(8, statistics="gathered"), step(x, np.zeros((4, 8))))
 y, saved = CastRMSNorm.init(8, cast="gemma", offset=1).forward(x)
 of_rms_norm: Saved = saved
 LayerNorm(single[0], None, 1e-5, compute="float32", axes=1).forward(single)
+RMSNorm.init((4, 8), np.float64, axes=2).forward(x)
+GroupNorm.init(2, 4, np.dtype("float16"))
+DyT.init(8, np.float32)
 PartialRMSNorm.init(8, p=0.5).forward(x, np.random.default_rng(1))
 ScaleNorm.init(8, eps=1e-3).forward(x)
 L2Norm(features=8).forward(x)

@@ -18,6 +18,7 @@ communicated is what RMSNorm communicates.
 from typing import Any, Self, Unpack
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm import arrays, checks
 from npnorm.arrays import Array
@@ -57,9 +58,12 @@ class AddRMSNorm(Norm):
         self._set(norm=norm, eps=norm.eps, group=norm.group, compute=norm.compute, shards=norm.shards)
 
     @classmethod
-    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[OfSums]) -> Self:
-        """Return the norm that multiplies by 1, without a bias."""
-        return cls(np.full(features, 1 - settings.get("offset", 0), dtype), **settings)
+    def init(cls, features: int | tuple[int, ...], dtype: DTypeLike = "float32", **settings: Unpack[OfSums]) -> Self:
+        """Return the norm with a weight of ones, less the offset, and no bias; settings: cast, and those of `RMSNorm`.
+
+        On a group, features are those of this rank's shard.
+        """
+        return cls(cls._ones(features, dtype, settings), **settings)
 
     def forward(self, x: Array, residual: Array) -> tuple[tuple[Any, Any], Saved]:
         """Return (y, h), both of the shape and dtype of x, and what backward needs; h is rounded, then normalized."""

@@ -21,7 +21,9 @@ Backward, given dy, a gradient passes a rounding unchanged:
 What is communicated is what RMSNorm communicates; a rounding sees one element.
 """
 
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
+
+from numpy.typing import DTypeLike
 
 from npnorm.arrays import Array
 from npnorm.engine import Formula, Row
@@ -120,6 +122,14 @@ class CastRMSNorm(norm.FeatureNorm[Saved]):
         formula = order(type(self).__name__, cast, self._set_common(settings, norm.Settings))
         self._set(cast=cast, formula=formula)
         super().__init__(weight, bias, eps, settings, offset=offset)
+
+    @classmethod
+    def init(cls, features: norm.Sizes, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfCasts]) -> Self:
+        """Return the norm with a weight of ones, less the offset, and no bias; settings: cast, and those of `RMSNorm`.
+
+        On a group, features are those of this rank's shard.
+        """
+        return cls._init(features, dtype, settings)
 
     def _shown(self) -> dict[str, Any]:
         return super()._shown() | {"cast": self.cast}

@@ -25,6 +25,7 @@ import math
 from typing import Self, Unpack
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm.arrays import Array, erf, exp
 from npnorm.engine import Formula, Row
@@ -90,7 +91,11 @@ class Derf(elementwise.Elementwise):
         super().__init__({"alpha": alpha, "shift": shift}, weight, bias, settings)
 
     @classmethod
-    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[Common]) -> Self:
-        """Return the layer with the paper's alpha of 0.5 and shift of 0, a weight of ones and a bias of zeros."""
+    def init(cls, features: int | tuple[int, ...], dtype: DTypeLike = "float32", **settings: Unpack[Common]) -> Self:
+        """Return the layer with the paper's alpha of 0.5 and shift of 0, a weight of ones and a bias of zeros.
+
+        On a group, features are those of this rank's shard.
+        """
+        cls._check_init(features, dtype, settings)
         numbers = np.full(1, 0.5, dtype), np.zeros(1, dtype)
         return cls(*numbers, np.ones(features, dtype), np.zeros(features, dtype), **settings)

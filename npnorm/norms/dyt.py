@@ -23,6 +23,7 @@ group, but one number backward, since alpha is the same on every rank and its gr
 from typing import Self, Unpack
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm.arrays import Array, array_module, exp, tanh
 from npnorm.engine import Formula, Row
@@ -82,6 +83,10 @@ class DyT(elementwise.Elementwise):
         super().__init__({"alpha": alpha}, weight, bias, settings)
 
     @classmethod
-    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[Common]) -> Self:
-        """Return the layer with the paper's alpha of 0.5, a weight of ones and a bias of zeros."""
+    def init(cls, features: int | tuple[int, ...], dtype: DTypeLike = "float32", **settings: Unpack[Common]) -> Self:
+        """Return the layer with the paper's alpha of 0.5, a weight of ones and a bias of zeros.
+
+        On a group, features are those of this rank's shard.
+        """
+        cls._check_init(features, dtype, settings)
         return cls(np.full(1, 0.5, dtype), np.ones(features, dtype), np.zeros(features, dtype), **settings)

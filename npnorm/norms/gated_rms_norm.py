@@ -26,7 +26,7 @@ with several groups of features each rank holds whole groups, and nothing is com
 
 from typing import Any, NamedTuple, Self, Unpack
 
-import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm import checks, engine
 from npnorm.arrays import AnyArray, Array, sigmoid
@@ -91,6 +91,7 @@ class GatedRMSNorm(norm.Norm):
 
     Examples
     --------
+    >>> import numpy as np
     >>> norm = GatedRMSNorm(np.ones(2), eps=0)
     >>> y, saved = norm.forward(np.array([[1.0, 7.0]]), np.array([[0.0, 100.0]]))  # silu(0) = 0, silu(100) = 100
     >>> y
@@ -122,9 +123,9 @@ class GatedRMSNorm(norm.Norm):
         self._set(shards=dict.fromkeys(self.params, self._axis(0)))
 
     @classmethod
-    def init(cls, features: int, dtype: str = "float32", **settings: Unpack[norm.OfGates]) -> Self:
-        """Return the norm with a weight of ones."""
-        return cls(np.ones(features, dtype), **settings)
+    def init(cls, features: int, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfGates]) -> Self:
+        """Return the norm with a weight of ones, on a group for this rank's shard of the features."""
+        return cls(cls._ones(features, dtype, settings), **settings)
 
     def forward(self, x: AnyArray, gate: Array) -> tuple[AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs."""

@@ -24,7 +24,7 @@ the ranks divide the groups, each rank holds whole groups and nothing is communi
 
 from typing import Any, NamedTuple, Self, Unpack
 
-import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm import checks
 from npnorm.arrays import Array
@@ -65,6 +65,7 @@ class GroupNorm(norm.ChannelNorm[Saved]):
 
     Examples
     --------
+    >>> import numpy as np
     >>> norm = GroupNorm(2, eps=0)
     >>> y, saved = norm.forward(np.array([[1.0, 3.0, 10.0, 30.0]]))  # one sample, four channels, no space
     >>> y
@@ -82,18 +83,21 @@ class GroupNorm(norm.ChannelNorm[Saved]):
         eps: float = 1e-5,
         **settings: Unpack[norm.Common],
     ) -> None:
+        checks.check_groups("GroupNorm", groups, self._set_common(settings))
         group = self._set_channels(weight, bias, eps, settings, sizes=f"{groups}, {{}}", groups=groups)
-        checks.check_groups("GroupNorm", groups, group)
         for array in self.params.values():
             checks.check_divides("GroupNorm", groups, array.shape[0], group)
         self._set(groups=groups, rows=Rows(Channels("GroupNorm", group, groups), self.formula, eps, self.compute))
 
     @classmethod
     def init(  # type: ignore[override]
-        cls, groups: int, channels: int, dtype: str = "float32", **settings: Unpack[norm.WithEps]
+        cls, groups: int, channels: int, dtype: DTypeLike = "float32", **settings: Unpack[norm.WithEps]
     ) -> Self:
-        """Return the norm with a weight of ones and a bias of zeros."""
-        return cls(groups, np.ones(channels, dtype), np.zeros(channels, dtype), **settings)
+        """Return the norm with a weight of ones and a bias of zeros; settings: eps, group, compute.
+
+        On a group, groups are those of all ranks, and channels those of this rank's shard.
+        """
+        return cls._init(channels, dtype, settings, groups)
 
     def _check(self, **arrays: Array) -> None:
         super()._check(**arrays)

@@ -19,6 +19,8 @@ root mean square; that is `RMSNorm` without a weight, sqrt(n) times this.
 
 from typing import Self, Unpack
 
+from numpy.typing import DTypeLike
+
 from npnorm.norms.norm import OfRows, Settings
 from npnorm.norms.scale_norm import ScaleNorm
 
@@ -53,6 +55,6 @@ class L2Norm(ScaleNorm):
         super().__init__(None, eps, **settings)
 
     @classmethod
-    def init(cls, features: int | None = None, dtype: str = "float32", **settings: Unpack[OfRows]) -> Self:
+    def init(cls, features: int | None = None, dtype: DTypeLike = "float32", **settings: Unpack[OfRows]) -> Self:
         """Return the norm, which has no parameters, whatever the features and their dtype."""
         return cls(**settings)

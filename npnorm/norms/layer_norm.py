@@ -24,11 +24,13 @@ since the mean must be known before c is squared, and one backward, of both mean
 do with one message forward.
 """
 
-from typing import Literal, NamedTuple, Unpack
+from typing import NamedTuple, Self, Unpack
+
+from numpy.typing import DTypeLike
 
 from npnorm.arrays import Array, sqrt
 from npnorm.engine import Mean, Row, accurate_where_dx_cancels
-from npnorm.norms.norm import FeatureNorm, Formula, Settings
+from npnorm.norms import norm
 
 
 class Saved(NamedTuple):
@@ -60,7 +62,7 @@ def backward(row: Row, dy: Array, x: Array, w: Array, mean: Mean, rstd: Array) -
     return dx, dy * z, dy
 
 
-class LayerNorm(FeatureNorm[Saved]):
+class LayerNorm(norm.FeatureNorm[Saved]):
     """Give each row mean 0 and variance 1: y = (x - mean(x)) / sqrt(var(x) + eps) w + b.
 
     Parameters
@@ -83,8 +85,7 @@ class LayerNorm(FeatureNorm[Saved]):
     array([[-1., -1.,  1.,  1.]])
     """
 
-    formula = Formula(forward, backward, Saved)
-    with_bias = True
+    formula = norm.Formula(forward, backward, Saved)
 
     def __init__(
         self,
@@ -92,7 +93,15 @@ class LayerNorm(FeatureNorm[Saved]):
         bias: Array | None = None,
         eps: float = 1e-5,
         *,
-        statistics: Literal["two-pass", "packed", "gathered"] = "two-pass",
-        **settings: Unpack[Settings],
+        statistics: norm.Statistics = "two-pass",
+        **settings: Unpack[norm.Settings],
     ) -> None:
         super().__init__(weight, bias, eps, settings, statistics=statistics)
+
+    @classmethod
+    def init(cls, features: norm.Sizes, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfMeans]) -> Self:
+        """Return the norm with a weight of ones and a bias of zeros; settings: eps, statistics, axes, group, compute.
+
+        On a group, features are those of this rank's shard.
+        """
+        return cls._init(features, dtype, settings, with_bias=True)

@@ -5,9 +5,10 @@ db`, where dw and db are still to be summed over the rows; and `Saved`, whose fi
 """
 
 import inspect
-from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, Literal, Required, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm import checks
 from npnorm.arrays import AnyArray, Array
@@ -21,6 +22,9 @@ Compute = Literal["float64", "float32"] | None
 
 Statistics = Literal["two-pass", "packed", "gathered"]
 """How the ranks of a group find mean and variance: see `npnorm.engine.statistics`."""
+
+Sizes = int | tuple[int, ...]
+"""A number of features, or the shape of several axes."""
 
 Cast = Literal["llama", "olmo2", "gemma"] | None
 """Where a product with a weight is rounded: see `npnorm.norms.cast_rms_norm`."""
@@ -37,7 +41,7 @@ class Settings(Common, total=False):
     """The settings that every norm over features has."""
 
     axes: int | None
-    features: int | tuple[int, ...] | None
+    features: Sizes | None
 
 
 class WithEps(Common, total=False):
@@ -52,19 +56,33 @@ class OfRows(WithEps, total=False):
     axes: int | None
 
 
+class OfMeans(OfRows, total=False):
+    """The same, for `LayerNorm`."""
+
+    statistics: Statistics
+
+
+class OfParts(WithEps, total=False):
+    """The same, for `PartialRMSNorm`."""
+
+    p: float
+
+
 class OfWeights(OfRows, total=False):
-    """The same, for norms with a weight: each takes its part of it."""
+    """The same, for `RMSNorm`."""
 
     offset: float
-    statistics: Statistics
-    p: float
-    cast: Cast
 
 
-class OfSums(OfRows, total=False):
+class OfCasts(OfWeights, total=False):
+    """The same, for `CastRMSNorm`."""
+
+    cast: Required[Cast]
+
+
+class OfSums(OfWeights, total=False):
     """The same, for `AddRMSNorm`."""
 
-    offset: float
     cast: Cast
 
 
@@ -83,8 +101,8 @@ class OfGates(WithEps, total=False):
     norm_before_gate: bool
 
 
-class OfChannels(WithEps, total=False):
-    """The same, for norms of channels: each takes its part of it."""
+class OfBatches(WithEps, total=False):
+    """The same, for `BatchNorm`."""
 
     momentum: float | None
     running_mean: Array | None
@@ -150,6 +168,20 @@ class Norm:
         checks.check_group(type(self).__name__, self.group)
         return self.group
 
+    @classmethod
+    def _check_init(cls, size: Sizes, dtype: DTypeLike, settings: Any, called: str = "features") -> None:
+        """Raise unless `init` can make parameters of this size, in messages `called`."""
+        several = "(features,)" in cls._shapes.values()
+        checks.check_init(cls.__name__, called, size, dtype, settings, cls._shapes, several)
+
+    @classmethod
+    def _ones(cls, size: Sizes, dtype: DTypeLike, settings: Any, called: str = "features") -> np.ndarray:
+        """Return the weight that multiplies by 1."""
+        offset = settings.get("offset", 0)
+        cls._check_init(size, dtype, settings, called)
+        checks.check_offset(cls.__name__, ("weight",), offset, settings.get("group", SOLO))
+        return np.full(size, 1 - offset, dtype)
+
     def _axis(self, axis: int) -> int | None:
         """Return the axis along which the group splits a parameter: on one rank none."""
         return None if isinstance(self.group, Solo) else axis
@@ -205,6 +237,7 @@ class FeatureNorm(RowNorm[Saved]):
     ----------
     weight, bias : arrays of the shape of the features, or None
         What z is multiplied by, and what is added; None leaves it out. On a group, this rank's shard of the last axis.
+        They are held, not copied.
     eps : float
         Added to the mean square, so in units of x squared.
     axes : int or None
@@ -227,7 +260,6 @@ class FeatureNorm(RowNorm[Saved]):
     offset: float
     statistics: Statistics
     layout: Features
-    with_bias = False  # whether `init` makes one
     _shapes = dict.fromkeys(("weight", "bias"), "(features,)")
 
     def __init__(
@@ -253,10 +285,10 @@ class FeatureNorm(RowNorm[Saved]):
         self._set(shards=dict.fromkeys(self.params, self._axis(axes - 1)), layout=layout, rows=rows)
 
     @classmethod
-    def init(cls, features: int | tuple[int, ...], dtype: str = "float32", **settings: Unpack[OfWeights]) -> Self:
-        """Return the norm that multiplies by 1, with a bias of zeros if it usually has one."""
-        weight = np.full(features, 1 - settings.get("offset", 0), dtype)
-        return cls(weight, np.zeros(features, dtype) if cls.with_bias else None, **settings)  # type: ignore[misc]
+    def _init(cls, features: Sizes, dtype: DTypeLike, settings: Any, with_bias: bool = False) -> Self:
+        """Return the norm that multiplies by 1."""
+        weight = cls._ones(features, dtype, settings)
+        return cls(weight, np.zeros_like(weight) if with_bias else None, **settings)
 
     def _check(self, **arrays: Array) -> None:
         layer, group = type(self).__name__, self.group
@@ -314,7 +346,7 @@ class ChannelNorm(RowNorm[Saved]):
     Parameters
     ----------
     weight, bias : arrays of shape (channels,), or None
-        What z is multiplied by, and what is added; None leaves it out.
+        What z is multiplied by, and what is added; None leaves it out. They are held, not copied.
     eps : float
         Added to the variance (that of n, not n - 1), so in units of x squared.
     group : Group
@@ -356,10 +388,15 @@ class ChannelNorm(RowNorm[Saved]):
         return group
 
     @classmethod
-    def init(cls, channels: int, dtype: str = "float32", **settings: Unpack[OfChannels]) -> Self:
-        """Return the norm with a weight of ones and a bias of zeros."""
-        weight, bias = np.ones(channels, dtype), np.zeros(channels, dtype)
-        return cls(weight, bias, **settings)  # type: ignore[call-arg, misc]
+    def init(cls, channels: int, dtype: DTypeLike = "float32", **settings: Unpack[WithEps]) -> Self:
+        """Return the norm with a weight of ones and a bias of zeros; settings: eps, group, compute."""
+        return cls._init(channels, dtype, settings)
+
+    @classmethod
+    def _init(cls, channels: int, dtype: DTypeLike, settings: Any, *first: int) -> Self:
+        """Return the norm with a weight of ones and a bias of zeros; `first` is what stands before them."""
+        weight = cls._ones(channels, dtype, settings, "channels")
+        return cls(*first, weight, np.zeros_like(weight), **settings)  # type: ignore[call-arg]
 
     def _check(self, **arrays: Array) -> None:
         checks.check_channels(type(self).__name__, self.params, self._shapes, self.group, **arrays)

@@ -22,9 +22,10 @@ the ranks of a group, each rank sums what it holds: one sum over the ranks forwa
 
 import math
 from fractions import Fraction
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm import checks, engine
 from npnorm.arrays import AnyArray, Array, from_numpy, sqrt
@@ -95,6 +96,14 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
         super().__init__(weight, bias, eps, settings)
         checks.check_part("PartialRMSNorm", p, self.group)
         self._set(p=p, rows=engine.Rows(self.layout, rms_norm.RMSNorm.formula, eps, self.compute))
+
+    @classmethod
+    def init(cls, features: int, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfParts]) -> Self:
+        """Return the norm with a weight of ones and no bias; settings: p, eps, group, compute.
+
+        On a group, features are those of this rank's shard.
+        """
+        return cls._init(features, dtype, settings)
 
     def forward(
         self, x: AnyArray, rng: np.random.Generator | None = None, *, out: Array | None = None

@@ -24,11 +24,14 @@ There are two ways, which differ under tensor parallelism:
 
 from typing import Any, NamedTuple, Self, Unpack
 
-import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm import checks, engine, group
 from npnorm.arrays import Array, round_to
 from npnorm.norms import cast_rms_norm, norm, rms_norm
+
+WEIGHT = {"weight": "(features,), one axis"}
+"""The shape of either weight, as messages say it."""
 
 
 @norm.show_shapes
@@ -57,6 +60,7 @@ class QKNorm(norm.Norm):
 
     Examples
     --------
+    >>> import numpy as np
     >>> norm = QKNorm(np.ones(2), np.ones(2), eps=0)
     >>> q = np.array([[[1.0, 7.0]], [[-7.0, 1.0]]])  # two heads, one position, head_dim 2
     >>> (q, k), saved = norm.forward(q, q)
@@ -69,7 +73,7 @@ class QKNorm(norm.Norm):
     full_width: bool
     offset: float
     cast: norm.Cast
-    _shapes = {"weight": "(features,), one axis"}
+    _shapes = dict.fromkeys(("q_norm", "k_norm"), WEIGHT["weight"])
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class QKNorm(norm.Norm):
         told: dict[str, Any] = {"full_width": full_width, "offset": offset, "compute": self.compute}
         for params in self.params.values():
             replicated = () if full_width else params
-            checks.check_settings("QKNorm", params, eps, ranks, self._shapes, replicated=replicated, **told)
+            checks.check_settings("QKNorm", params, eps, ranks, WEIGHT, replicated=replicated, **told)
             checks.check_offset("QKNorm", params, offset, ranks)
         checks.check_pair("QKNorm", self.params, self._shapes, not full_width, ranks)
         formula = cast_rms_norm.order("QKNorm", cast, ranks)
@@ -100,9 +104,9 @@ class QKNorm(norm.Norm):
         self._set(shards={"q_norm": {"weight": axis}, "k_norm": {"weight": axis}})
 
     @classmethod
-    def init(cls, head_dim: int, dtype: str = "float32", **settings: Unpack[norm.OfHeads]) -> Self:
-        """Return the norm per head that multiplies by 1."""
-        ones = np.full(head_dim, 1 - settings.get("offset", 0), dtype)
+    def init(cls, head_dim: int, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfHeads]) -> Self:
+        """Return the norm with weights of ones, less the offset; settings: those of the constructor."""
+        ones = cls._ones(head_dim, dtype, settings, "head_dim")
         return cls(ones, ones.copy(), **settings)
 
     def forward(self, q: Array, k: Array) -> tuple[tuple[Any, Any], Saved]:
@@ -128,14 +132,14 @@ class QKNorm(norm.Norm):
 
     def _forward(self, name: str, x: Array) -> tuple[Any, rms_norm.Saved]:
         params = self.params[f"{name}_norm"]
-        checks.check_features("QKNorm", params, self._shapes, 1, self.group, **{name: x})
+        checks.check_features("QKNorm", params, WEIGHT, 1, self.group, **{name: x})
         y, (rstd,), exponent = self.rows[name].forward(x, params)
         return y, rms_norm.Saved(x, rstd, exponent)
 
     def _backward(self, name: str, dy: Array, saved: rms_norm.Saved) -> tuple[Any, Any]:
         """Return dx, and the unrounded gradient of this rank's heads."""
         (x, rstd, exponent), params = saved, self.params[f"{name}_norm"]
-        checks.check_features("QKNorm", params, self._shapes, 1, self.group, dy=dy, **{name: x})
+        checks.check_features("QKNorm", params, WEIGHT, 1, self.group, dy=dy, **{name: x})
         dx, grads = self.rows[name].backward(dy, x, params, (rstd,), exponent, rounded=False)
         return dx, grads["weight"]
 

@@ -20,11 +20,13 @@ The derivation is in docs/norms/rms_norm.md. Each feature moves the others throu
 is split over the ranks of a group costs one sum over the ranks forward, and one backward.
 """
 
-from typing import NamedTuple, Unpack
+from typing import NamedTuple, Self, Unpack
+
+from numpy.typing import DTypeLike
 
 from npnorm.arrays import Array, sqrt
 from npnorm.engine import Row, accurate_where_dx_cancels
-from npnorm.norms.norm import FeatureNorm, Formula, Settings
+from npnorm.norms import norm
 
 
 class Saved(NamedTuple):
@@ -52,7 +54,7 @@ def backward(row: Row, dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Arra
     return dx, dy * z, dy
 
 
-class RMSNorm(FeatureNorm[Saved]):
+class RMSNorm(norm.FeatureNorm[Saved]):
     """Divide each row by its root mean square: y = x / sqrt(mean(x^2) + eps) w + b.
 
     Parameters
@@ -75,7 +77,7 @@ class RMSNorm(FeatureNorm[Saved]):
     array([[0.2, 1.4]])
     """
 
-    formula = Formula(forward, backward, Saved)
+    formula = norm.Formula(forward, backward, Saved)
 
     def __init__(
         self,
@@ -84,6 +86,14 @@ class RMSNorm(FeatureNorm[Saved]):
         eps: float = 1e-6,
         *,
         offset: float = 0,
-        **settings: Unpack[Settings],
+        **settings: Unpack[norm.Settings],
     ) -> None:
         super().__init__(weight, bias, eps, settings, offset=offset)
+
+    @classmethod
+    def init(cls, features: norm.Sizes, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfWeights]) -> Self:
+        """Return the norm with a weight of ones, less the offset, and no bias.
+
+        Settings: eps, offset, axes, group, compute. On a group, features are those of this rank's shard.
+        """
+        return cls._init(features, dtype, settings)

@@ -1,14 +1,15 @@
 """The running statistics of batch normalization: where they start, how they are updated, what inference takes."""
 
-from typing import Any
+from typing import Any, Self, Unpack
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm import checks
 from npnorm.arrays import AnyArray, Array, array_module, from_numpy
 from npnorm.engine import Batch, Formula, Rows
 from npnorm.group import SOLO
-from npnorm.norms.norm import ChannelNorm, Common, Saved
+from npnorm.norms.norm import ChannelNorm, Common, OfBatches, Saved
 
 __all__ = ["Common", "Formula", "RunningNorm"]
 
@@ -51,6 +52,11 @@ class RunningNorm(ChannelNorm[Saved]):
         )
         self._set(fixed=Rows(layout, self.by_running_statistics, eps, self.compute))
         self._set(running_mean=self._start(running_mean, 0.0), running_var=self._start(running_var, 1.0))
+
+    @classmethod
+    def init(cls, channels: int, dtype: DTypeLike = "float32", **settings: Unpack[OfBatches]) -> Self:
+        """Return the norm with a weight of ones and a bias of zeros; settings: those of the constructor."""
+        return cls._init(channels, dtype, settings)
 
     def forward(self, x: AnyArray, *, out: Array | None = None) -> tuple[AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (N, C, ...), and what backward needs: training; y goes to `out`."""

@@ -23,6 +23,7 @@ group costs one sum over the ranks forward, of x^2, and one backward, of dy z, w
 from typing import NamedTuple, Self, Unpack
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npnorm.arrays import Array, array_module, sqrt
 from npnorm.engine import Formula, Row, accurate_where_dx_cancels_without_eps
@@ -92,6 +93,7 @@ class ScaleNorm(LengthNorm[Saved]):
     formula = Formula(forward, backward, Saved, params=("weight",))
 
     @classmethod
-    def init(cls, features: int, dtype: str = "float32", **settings: Unpack[OfRows]) -> Self:
-        """Return the norm with the length sqrt(features)."""
+    def init(cls, features: int, dtype: DTypeLike = "float32", **settings: Unpack[OfRows]) -> Self:
+        """Return the norm with the length sqrt(features), of all ranks; settings: eps, axes, group, compute."""
+        cls._check_init(features, dtype, settings)
         return cls(np.array(features**0.5, dtype), **settings)

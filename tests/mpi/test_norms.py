@@ -135,7 +135,7 @@ def test_a_bad_shape_on_one_rank_is_one_error_on_every_rank(comm, kind, bad):
 @NORMS
 def test_a_bad_shape_on_all_ranks_is_the_plain_error(comm, kind):
     norm = kind(np.ones(8), group=Ranks(comm))
-    with pytest.raises(ValueError, match=rf"{kind.__name__} holds 8 features; x has shape \(2, 7\)"):
+    with pytest.raises(ValueError, match=rf"{kind.__name__} holds 8 features on each of 2 ranks; x has shape \(2, 7\)"):
         norm.forward(np.ones((2, 7)))
 
 

@@ -138,7 +138,8 @@ def settings():
             yield row(name, f"eps={eps!r}", ValueError, exact(message), eps=eps)
     for name in ("GroupNorm", "GatedRMSNorm"):
         for groups in (0, -3, 1.5, 2.0, True, "2", None, np.ones(2)):
-            message = f"{name}: groups is {groups!r}. It must be an integer, 1 or more."
+            got = "an array of shape (2,)" if isinstance(groups, np.ndarray) else repr(groups)
+            message = f"{name}: groups is {got}. It must be an integer, 1 or more."
             yield row(name, f"groups={groups!r}", ValueError, exact(message), groups=groups)
         elements = {"GroupNorm": "channels", "GatedRMSNorm": "features"}[name]
         message = (
@@ -275,6 +276,51 @@ def sizes():
     yield row("LayerNorm", "a shape for weight", TypeError, "^" + re.escape(message), weight=[4, 6])
     message = "DyT: alpha must be an array of shape () or (1,); got an int. Turn it into an array first, for example by"
     yield row("DyT", "an int for alpha", TypeError, "^" + re.escape(message), alpha=1)
+
+
+def floats():
+    """Return rows for an eps where the weight or bias belongs, as torch's functions take it."""
+    for name, norm in NORMS.items():
+        for argument in norm.params:
+            layer, said, shape = layer_of(name, argument), called(name, argument), SHAPES.get(argument, norm.shape)
+            message = f"{layer}: {said} must be an array of shape {shape}; got a float. Did you mean eps=1e-06?"
+            if name not in ("WeightNorm", "DyT", "Derf"):
+                yield row(name, f"an eps for {argument}", TypeError, exact(message), **{argument: 1e-6})
+    message = exact("GroupNorm: groups is an array of shape (6,). It must be an integer, 1 or more.")
+    yield Row("GroupNorm: groups and weight swapped", lambda: norms.GroupNorm(np.ones(6), 3), ValueError, message)
+
+
+def inits():
+    """Return rows for what init cannot make."""
+    several = ("LayerNorm", "RMSNorm", "CastRMSNorm", "AddRMSNorm", "DyT", "Derf")
+    one = ("PartialRMSNorm", "GatedRMSNorm", "QKNorm", "ScaleNorm", "BatchNorm", "GroupNorm", "InstanceNorm")
+    for name in (*several, *one):
+        first = (3,) if name == "GroupNorm" else ()
+        init = partial(getattr(norms, name).init, *first, **{"cast": "llama"} if name == "CastRMSNorm" else {})
+        argument = "head_dim" if name == "QKNorm" else "channels" if NORMS[name].shape == "(channels,)" else "features"
+        end = "It must be an integer, 1 or more" + (", or a tuple of such." if name in several else ".")
+        sizes = [8.0, -3, 0, "8", None, True, (), (3, 4.0), np.ones(8)] + ([] if name in several else [(3, 4)])
+        for size in sizes:
+            got = "an array of shape (8,)" if isinstance(size, np.ndarray) else repr(size)
+            message = exact(f"{name}.init: {argument} is {got}. {end}")
+            yield Row(f"{name}: init of {got}", partial(init, size), ValueError, message)
+        for dtype in ("flaot32", "int64", "complex64", 1e-5, [1]):
+            meant = " Did you mean eps=1e-05?" if isinstance(dtype, float) else ""
+            message = f"{name}.init: dtype is {dtype!r}. It must be one of float16, bfloat16, float32, float64.{meant}"
+            yield Row(f"{name}: init of dtype {dtype!r}", partial(init, 6, dtype), TypeError, exact(message))
+        weight = list(NORMS[name].params)[-1]
+        message = exact(f"{name}.init makes {weight} itself. Leave it out, or pass your own arrays to {name}.")
+        if name != "QKNorm":
+            yield Row(f"{name}: init with {weight}", partial(init, 6, **{weight: None}), TypeError, message)
+        message = rf"^({name}|RMSNorm) has no 'epsilon'\. It takes "
+        yield Row(f"{name}: init with epsilon", partial(init, 6, epsilon=1e-5), TypeError, message)
+        message = rf"^{name}: group is an int\. Wrap a communicator first: "
+        yield Row(f"{name}: init with group=4", partial(init, 6, group=4), TypeError, message)
+    for name in ("RMSNorm", "AddRMSNorm", "QKNorm"):
+        message = exact(f"{name}: offset is '1'. It must be a finite number, usually 0 or 1.")
+        yield Row(
+            f"{name}: init with offset='1'", partial(getattr(norms, name).init, 6, offset="1"), ValueError, message
+        )
 
 
 def places():
@@ -706,6 +752,8 @@ TABLE = [
     *settings(),
     *dtypes(),
     *sizes(),
+    *floats(),
+    *inits(),
     *places(),
     *(row(name, what, ValueError, exact(said), **changes) for name, what, changes, said in shapes()),
     *strangers(),
