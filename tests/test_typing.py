@@ -27,6 +27,11 @@ RMSNorm.init(8, p=0.5)  # call-arg: Unexpected keyword argument "p" for "init" o
 LayerNorm.init(8, offset=1)  # call-arg: Unexpected keyword argument "offset" for "init" of "LayerNorm"
 LayerNorm(w, offset=1)  # call-arg: Unexpected keyword argument "offset" for "LayerNorm"
 CastRMSNorm.init(8)  # call-arg: Missing named argument "cast" for "init" of "CastRMSNorm"
+norm.eps = 3.0  # assignment: expression has type "float", variable has type "Never"
+norm.group = norm.group  # misc: Cannot assign to final attribute "group"
+GroupNorm(2).groups = 4  # assignment: expression has type "int", variable has type "Never"
+BatchNorm.init(3).running_mean = w  # assignment: variable has type "Never"
+print(norm.weight)  # attr-defined: "RMSNorm" has no attribute "weight"
 LayerNorm(w).backward(y, saved)  # arg-type: expected "npnorm.norms.layer_norm.Saved"
 """
 

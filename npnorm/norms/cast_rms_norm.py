@@ -107,7 +107,7 @@ class CastRMSNorm(norm.FeatureNorm[Saved]):
     olmo2 1.9248046875
     """
 
-    cast: norm.Cast
+    cast: norm.Fixed[norm.Cast]
 
     def __init__(
         self,

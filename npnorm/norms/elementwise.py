@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from npnorm import checks, engine
 from npnorm.arrays import AnyArray, Array, round_to
-from npnorm.norms.norm import Common, Norm
+from npnorm.norms.norm import Common, Fixed, Norm
 
 
 class Saved(NamedTuple):
@@ -32,8 +32,8 @@ class Elementwise(Norm):
     """
 
     formula: engine.Formula
-    axes: int
-    numbers: tuple[str, ...]
+    axes: Fixed[int]
+    numbers: Fixed[tuple[str, ...]]
 
     def __init__(
         self,

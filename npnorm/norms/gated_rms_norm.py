@@ -98,8 +98,8 @@ class GatedRMSNorm(norm.Norm):
     array([[  0., 140.]])
     """
 
-    groups: int
-    norm_before_gate: bool
+    groups: norm.Fixed[int]
+    norm_before_gate: norm.Fixed[bool]
     _shapes = {"weight": "(features,), one axis"}
 
     def __init__(

@@ -72,7 +72,7 @@ class GroupNorm(norm.ChannelNorm[Saved]):
     array([[-1.,  1., -1.,  1.]])
     """
 
-    groups: int
+    groups: norm.Fixed[int]
     formula = Formula(layer_norm.forward, layer_norm.backward, Saved)
 
     def __init__(

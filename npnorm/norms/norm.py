@@ -5,7 +5,7 @@ db`, where dw and db are still to be summed over the rows; and `Saved`, whose fi
 """
 
 import inspect
-from typing import Any, Generic, Literal, Required, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Final, Generic, Literal, Never, NoReturn, Protocol, Required, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -114,6 +114,20 @@ Saved = TypeVar("Saved")
 """What forward saves for backward."""
 
 
+Held = TypeVar("Held", covariant=True)
+"""What a setting holds."""
+
+
+class Fixed(Protocol[Held]):
+    """A setting as type checkers see it: it can be read, and nothing can be assigned."""
+
+    def __get__(self, norm: Any, kind: Any = None) -> Held:
+        """Return what it holds."""
+
+    def __set__(self, norm: Any, value: Never) -> None:
+        """Take nothing: there is no value of this type."""
+
+
 class Norm:
     """A layer with parameters and settings. The arrays in `params` may be replaced; settings are fixed.
 
@@ -126,11 +140,11 @@ class Norm:
     """
 
     params: dict[str, Any]
-    shards: dict[str, Any]
+    shards: Fixed[dict[str, Any]]
     rows: Any  # `Rows`, or several
-    eps: float
-    group: Group = SOLO
-    compute: Compute = None
+    eps: Fixed[float]
+    group: Final[Group] = SOLO
+    compute: Final[Compute] = None
     _shapes: dict[str, str] = {}  # of the parameters, as messages say it
 
     def __init_subclass__(cls) -> None:
@@ -139,18 +153,27 @@ class Norm:
             saved = value.saved if isinstance(value, Formula) else value
             if isinstance(saved, type) and issubclass(saved, tuple):
                 show_shapes(saved)
+        for name in cls._shapes:
+            setattr(cls, name, _absent(name))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        layer = type(self).__name__
         if name != "params":
-            raise AttributeError(
-                f"{layer}: {name} is fixed when the norm is made. "
-                f"Make another {layer}; only the arrays in params change."
-            )
+            self._refuse(name)
         if not isinstance(value, dict):  # a call must find a dict, also one that skips the checks
             with errors_on_all_ranks(self.group):
-                checks.check_entries(layer, value, self._shapes)
+                checks.check_entries(type(self).__name__, value, self._shapes)
         object.__setattr__(self, name, value)
+
+    def _refuse(self, name: str) -> NoReturn:
+        """Raise, and say what to do in place of this attribute."""
+        layer = type(self).__name__
+        if name in self._shapes:
+            raise AttributeError(f"{layer}: {name} is in params. Read or assign norm.params[{name!r}].")
+        if name not in vars(self) and isinstance(getattr(type(self), name, _absent(name)), property):
+            raise AttributeError(f"{layer} has no setting {name!r}, and nothing is added after it is made.")
+        raise AttributeError(
+            f"{layer}: {name} is fixed when the norm is made. Make another {layer}; only the arrays in params change."
+        )
 
     def _set(self, **attributes: Any) -> None:
         self.__dict__.update(attributes)
@@ -199,6 +222,15 @@ class Norm:
         return f"{type(self).__name__}({', '.join(arrays + settings)})"
 
 
+def _absent(name: str) -> property:
+    """Return an attribute that no norm has, since it is in `params`; whoever reads it is told so."""
+
+    def get(norm: Norm) -> NoReturn:
+        norm._refuse(name)
+
+    return property(get)
+
+
 class RowNorm(Norm, Generic[Saved]):
     """A norm of the rows of one array: the two public methods.
 
@@ -206,8 +238,8 @@ class RowNorm(Norm, Generic[Saved]):
     """
 
     formula: Formula
-    axes: int
-    features: tuple[int, ...] | None
+    axes: Fixed[int]
+    features: Fixed[tuple[int, ...] | None]
 
     def forward(self, x: AnyArray, *, out: Array | None = None) -> tuple[AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`."""
@@ -257,9 +289,9 @@ class FeatureNorm(RowNorm[Saved]):
         On every rank alike, if the parameters are not floats of one shape, or eps is not finite and >= 0.
     """
 
-    offset: float
-    statistics: Statistics
-    layout: Features
+    offset: Fixed[float]
+    statistics: Fixed[Statistics]
+    layout: Fixed[Features]
     _shapes = dict.fromkeys(("weight", "bias"), "(features,)")
 
     def __init__(

@@ -81,7 +81,7 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
     array([[ 0.2,  1.4,  2. , -1. ]])
     """
 
-    p: float
+    p: norm.Fixed[float]
     formula = norm.Formula(forward, backward, Saved)
     _shapes = dict.fromkeys(("weight", "bias"), "(features,), one axis")
 

@@ -70,9 +70,9 @@ class QKNorm(norm.Norm):
            [[-1.4,  0.2]]])
     """
 
-    full_width: bool
-    offset: float
-    cast: norm.Cast
+    full_width: norm.Fixed[bool]
+    offset: norm.Fixed[float]
+    cast: norm.Fixed[norm.Cast]
     _shapes = dict.fromkeys(("q_norm", "k_norm"), WEIGHT["weight"])
 
     def __init__(

@@ -1,6 +1,6 @@
 """The running statistics of batch normalization: where they start, how they are updated, what inference takes."""
 
-from typing import Any, Self, Unpack
+from typing import Any, NoReturn, Self, Unpack
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -9,9 +9,13 @@ from npnorm import checks
 from npnorm.arrays import AnyArray, Array, array_module, from_numpy
 from npnorm.engine import Batch, Formula, Rows
 from npnorm.group import SOLO
-from npnorm.norms.norm import ChannelNorm, Common, OfBatches, Saved
+from npnorm.norms.norm import ChannelNorm, Common, Fixed, OfBatches, Saved
 
 __all__ = ["Common", "Formula", "RunningNorm"]
+
+
+RUNNING = ("running_mean", "running_var", "batches")
+"""What `track` changes."""
 
 
 class RunningNorm(ChannelNorm[Saved]):
@@ -26,10 +30,10 @@ class RunningNorm(ChannelNorm[Saved]):
 
     by_running_statistics: Formula
     fixed: Rows
-    momentum: float | None
-    running_mean: Array | None
-    running_var: Array | None
-    batches: int
+    momentum: Fixed[float | None]
+    running_mean: Fixed[Array | None]
+    running_var: Fixed[Array | None]
+    batches: Fixed[int]
 
     def __init__(
         self,
@@ -52,6 +56,14 @@ class RunningNorm(ChannelNorm[Saved]):
         )
         self._set(fixed=Rows(layout, self.by_running_statistics, eps, self.compute))
         self._set(running_mean=self._start(running_mean, 0.0), running_var=self._start(running_var, 1.0))
+
+    def _refuse(self, name: str) -> NoReturn:
+        if name in RUNNING:
+            raise AttributeError(
+                f"{type(self).__name__}: {name} changes by track alone. "
+                f"Pass {', '.join(f'{given}=' for given in RUNNING)} to the {type(self).__name__} that you make."
+            )
+        super()._refuse(name)
 
     @classmethod
     def init(cls, channels: int, dtype: DTypeLike = "float32", **settings: Unpack[OfBatches]) -> Self:

@@ -120,9 +120,36 @@ def test_settings_are_fixed(entry):
     params, _ = entry.draw(np.random.default_rng(4))
     norm = norm_of(entry.make(params))
     layer = type(norm).__name__
-    for name in {*vars(norm), "eps", "group", "compute"} - {"params", "running_mean", "running_var", "batches"}:
+    for name in {*vars(norm), "group", "compute", "forward"} - {"params", "running_mean", "running_var", "batches"}:
         with pytest.raises(AttributeError, match=rf"^{layer}: {name} is fixed when the norm is made\. Make another"):
             setattr(norm, name, 1)
+    with pytest.raises(AttributeError, match=rf"^{layer} has no setting 'foo', and nothing is added after it is made"):
+        norm.foo = 1
+
+
+@EACH
+def test_a_parameter_is_in_params_and_no_attribute(entry):
+    params, _ = entry.draw(np.random.default_rng(9))
+    norm = norm_of(entry.make(params))
+    for name in norm.params:
+        message = rf"^{type(norm).__name__}: {name} is in params\. Read or assign norm\.params\['{name}'\]\.$"
+        with pytest.raises(AttributeError, match=message):
+            setattr(norm, name, np.ones(6))
+        with pytest.raises(AttributeError, match=message):
+            getattr(norm, name)
+        assert not hasattr(norm, name)
+
+
+def test_a_norm_without_parameters_has_no_weight():
+    with pytest.raises(AttributeError, match=r"^L2Norm has no setting 'weight', and"):
+        norms.L2Norm().weight  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "batches"])
+def test_running_statistics_are_given_to_the_constructor(name):
+    message = r"^BatchNorm: \w+ changes by track alone\. Pass running_mean=, running_var=, batches= to the BatchNorm"
+    with pytest.raises(AttributeError, match=message):
+        setattr(norms.BatchNorm.init(3), name, 1)
 
 
 LINES = {
