@@ -158,7 +158,7 @@ def check_settings(
         for name, array in params.items():
             is_size = _is_size(array) and shapes[name].startswith(("(features", "(channels"))
             remedy = f"{layer}.init({sizes.format(array)}) makes the {name}." if is_size else None
-            if isinstance(array, float) and 0 < array < 0.01 and eps:  # a layer without eps has 0
+            if isinstance(array, float) and 0 < array < 0.01 and is_number(eps) and eps > 0:  # without eps it is 0
                 remedy = f"Did you mean eps={array}?"
             check_array(layer, name, array, f"of shape {shapes[name]}", remedy)
         require_same_settings(layer, group, params, replicated, eps=eps, **settings)
@@ -197,7 +197,7 @@ def check_init(
             raise ValueError(f"{layer}.init: {name} is {got}. It must be an integer, 1 or more{more}.")
         try:
             known = np.dtype(dtype).name in (*FLOATS, "complex128")
-        except TypeError:
+        except (TypeError, ValueError, SyntaxError):
             known = False
         if not known:
             meant = f" Did you mean eps={dtype}?" if isinstance(dtype, float) else ""
@@ -280,7 +280,8 @@ def check_features(
             if shapes[name] != NUMBER:
                 expected = tuple(a.shape)
                 if len(expected) != axes or features not in (None, expected):
-                    made = f"{axes} axes of features" if features is None else f"features of shape {features}"
+                    made = f"features of {axes} {'axis' if axes == 1 else 'axes'}"
+                    made = made if features is None else f"features of shape {features}"
                     raise ValueError(
                         f"{layer} was made for {made}; {name} has shape {expected}. Make another {layer} for others."
                     )

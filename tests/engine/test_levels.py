@@ -610,6 +610,19 @@ def test_a_parameter_that_is_added_between_calls_is_seen(name):
 
 
 @FEATURES
+def test_the_same_arrays_under_another_name_are_refused_the_short_way_too(name):
+    params, x, dy = problem(name, 24)
+    layer = MAKE[name](params)
+    for _ in range(2):
+        run(layer, x, dy)
+    _, saved = layer.forward(x)
+    layer.params = {f"{name}s": a for name, a in layer.params.items()}
+    for call in (lambda: layer.forward(x), lambda: layer.backward(dy, saved)):
+        with pytest.raises(ValueError, match=r"params has '\w+s', which means nothing\. It takes "):
+            call()
+
+
+@FEATURES
 @COMPUTE
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, 1e-40])
 def test_a_weight_out_of_range_is_seen_the_short_way_too(name, compute, value):

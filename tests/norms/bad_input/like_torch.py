@@ -62,6 +62,16 @@ REFUSED = {
     "LayerNorm: x of object": (None, "none"),
     "LayerNorm: x is a list": (lambda: layer_norm([1.0]), "TypeError"),
     "LayerNorm: weight is a list": (lambda: layer_norm(weight=[1.0]), "TypeError"),
+    "LayerNorm: x is masked": (None, "none"),
+    "RMSNorm: weight replaced by integers, before the first forward": (
+        lambda: F.rms_norm(TX, (6,), TW.long()),
+        "accepted",
+    ),
+    "InstanceNorm: bias replaced by (7,), before the first forward": (
+        lambda: F.instance_norm(TIMAGE, bias=torch.ones(7).double()),
+        "RuntimeError",
+    ),
+    "LayerNorm: params with a misspelled name, before the first forward": (None, "none"),
     "LayerNorm: weight of int64": (lambda: layer_norm(weight=TW.long()), "RuntimeError"),
     "LayerNorm: weight of another module": (lambda: layer_norm(weight=strict.asarray(W)), "TypeError"),
     "LayerNorm: weight on another device": (lambda: layer_norm(weight=TW.to("meta")), "RuntimeError"),

@@ -286,6 +286,11 @@ def floats():
             message = f"{layer}: {said} must be an array of shape {shape}; got a float. Did you mean eps=1e-06?"
             if name not in ("WeightNorm", "DyT", "Derf"):
                 yield row(name, f"an eps for {argument}", TypeError, exact(message), **{argument: 1e-6})
+    message = exact(
+        "RMSNorm: weight must be an array of shape (features,); got a float. "
+        "Turn it into an array first, for example by numpy.asarray."
+    )
+    yield row("RMSNorm", "an eps for weight and an array for eps", TypeError, message, weight=1e-6, eps=np.ones(6))
     message = exact("GroupNorm: groups is an array of shape (6,). It must be an integer, 1 or more.")
     yield Row("GroupNorm: groups and weight swapped", lambda: norms.GroupNorm(np.ones(6), 3), ValueError, message)
 
@@ -304,7 +309,7 @@ def inits():
             got = "an array of shape (8,)" if isinstance(size, np.ndarray) else repr(size)
             message = exact(f"{name}.init: {argument} is {got}. {end}")
             yield Row(f"{name}: init of {got}", partial(init, size), ValueError, message)
-        for dtype in ("flaot32", "int64", "complex64", 1e-5, [1]):
+        for dtype in ("flaot32", "(2", "int64", "complex64", 1e-5, [1]):
             meant = " Did you mean eps=1e-05?" if isinstance(dtype, float) else ""
             message = f"{name}.init: dtype is {dtype!r}. It must be one of float16, bfloat16, float32, float64.{meant}"
             yield Row(f"{name}: init of dtype {dtype!r}", partial(init, 6, dtype), TypeError, exact(message))
@@ -648,7 +653,7 @@ def replacements():
     for name in ("LayerNorm", "RMSNorm", "CastRMSNorm", "AddRMSNorm", "DyT"):
         wide = {n: array((4, 6)) for n in ("weight", "bias")} | ({"alpha": np.ones(1)} if name == "DyT" else {})
         message = exact(
-            f"{name} was made for 1 axes of features; weight has shape (4, 6). Make another {name} for others."
+            f"{name} was made for features of 1 axis; weight has shape (4, 6). Make another {name} for others."
         )
         yield from after(name, "params", "of two axes", partial(assign, wide), ValueError, message)
     message = exact(
