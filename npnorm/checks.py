@@ -30,6 +30,9 @@ SHAPES: dict[str, Callable[[tuple[int, ...]], bool]] = {
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """What norms take."""
 
+TAKEN = (*FLOATS, "complex128")
+"""What norms let through, for the complex step."""
+
 USUAL = (np.dtype("float32"), np.dtype("float64"))
 """What other layers take."""
 
@@ -52,6 +55,11 @@ def _is_size(value: Any) -> bool:
     return is_count(value) or (isinstance(value, (tuple, list)) and len(value) > 0 and all(map(is_count, value)))
 
 
+def _size(value: Any) -> Any:
+    """Return the shape of an array, for a message; of anything else its type."""
+    return tuple(value.shape) if hasattr(value, "shape") else with_article(value)
+
+
 def place(x: Array) -> str:
     """Return where `x` lies, for a message and a comparison."""
     return str(getattr(x, "device", "host"))
@@ -71,6 +79,8 @@ def check_array(
 def check_module(layer: str, x: Array, params: Tree, called: str = "x") -> None:
     """Raise one clear error unless `x`, in messages `called`, and the parameters are of one module, on one device."""
     module = check_array(layer, called, x)
+    if type(x) is np.ndarray and isinstance(params, dict) and all(type(a) is np.ndarray for a in params.values()):
+        return  # the usual case, told in no time
     for name, param in leaves(params):
         other = check_array(layer, name, param)
         if other is module and place(param) != place(x):
@@ -86,7 +96,7 @@ def check_module(layer: str, x: Array, params: Tree, called: str = "x") -> None:
 
 def check_float(layer: str, name: str, x: Array) -> None:
     """Raise unless `x` holds floats; complex128 is let through for the complex step, formulas being analytic."""
-    if dtype_name(x) not in (*FLOATS, "complex128"):
+    if dtype_name(x) not in TAKEN:
         raise TypeError(f"{layer} works on {', '.join(FLOATS)}; {name} is {dtype_name(x)}. {_conversion(name, x)}.")
 
 
@@ -196,7 +206,7 @@ def check_init(
             more = ", or a tuple of such" if axes else ""
             raise ValueError(f"{layer}.init: {name} is {got}. It must be an integer, 1 or more{more}.")
         try:
-            known = np.dtype(dtype).name in (*FLOATS, "complex128")
+            known = np.dtype(dtype).name in TAKEN
         except (TypeError, ValueError, SyntaxError):
             known = False
         if not known:
@@ -232,20 +242,22 @@ def check_params(
         What may be left out.
     """
     check_entries(layer, params, shapes, optional)
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    first: dict[str, tuple[int, ...]] = {}  # the shape of the first parameter of each kind
     for name, array in params.items():
-        remedy = f"To leave it out, delete it from params: params.pop({name!r})." if array is None else None
-        check_array(layer, name, array, f"of shape {shapes[name]}", remedy)
+        kind = shapes[name]
+        if type(array) is not np.ndarray:
+            remedy = f"To leave it out, delete it from params: params.pop({name!r})." if array is None else None
+            check_array(layer, name, array, f"of shape {kind}", remedy)
         check_float(layer, name, array)
-        found.setdefault(name if shapes[name] == NUMBER else shapes[name], {})[name] = tuple(array.shape)
+        shape = tuple(array.shape)
+        fits = SHAPES[kind](shape) and 0 not in shape
+        if not fits or (kind != NUMBER and first.setdefault(kind, shape) != shape):
+            same = [other for other in params if other == name or (kind != NUMBER and shapes[other] == kind)]
+            got = ", ".join(f"{other} {_size(params[other])}" for other in same)
+            raise ValueError(f"{layer}: each parameter must have shape {kind}, the same for all; got {got}.")
     if len(params) > 1:
-        first = next(iter(params))
-        check_module(layer, params[first], params, first)
-    for sizes in found.values():
-        shape = shapes[next(iter(sizes))]
-        if len(set(sizes.values())) > 1 or any(0 in s or not SHAPES[shape](s) for s in sizes.values()):
-            got = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ValueError(f"{layer}: each parameter must have shape {shape}, the same for all; got {got}.")
+        name, array = next(iter(params.items()))
+        check_module(layer, array, params, name)
 
 
 def count_axes(layer: str, params: dict[str, Array], axes: int | None, group: Group) -> int:
