@@ -7,7 +7,7 @@ that names CuPy, and it does not load it: a CuPy array cannot exist unless CuPy 
 import functools
 import importlib
 import sys
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -62,9 +62,6 @@ class Array(Protocol):
     def __float__(self) -> float: ...
     def __bool__(self) -> bool: ...
 
-
-AnyArray = TypeVar("AnyArray", bound=Array)
-"""An array of some module, which goes in and comes out."""
 
 PIECE = 8192
 """Elements of a dot product for which BLAS does not start threads."""

@@ -24,7 +24,7 @@ from npnorm.config import Config, layout
 from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers import MLP, Attention, Embedding, Linear, Positions, Rotary, SwiGLU
 from npnorm.norms import LayerNorm, RMSNorm
-from npnorm.norms.norm import Compute
+from npnorm.norms.options import Compute
 from npnorm.tree import Layer, Tree, checksum, hand_down, leaves, map_tree, show_shapes
 
 

@@ -110,7 +110,7 @@ class Features(Layout):
     adds = True
     is_flat = True
 
-    def __init__(self, layer: str, group: Group, axes: int = 1) -> None:
+    def __init__(self, layer: str, group: Group = SOLO, axes: int = 1) -> None:
         super().__init__(layer, group)
         self.axes = axes
 

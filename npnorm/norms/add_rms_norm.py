@@ -24,7 +24,8 @@ from npnorm import arrays, checks
 from npnorm.arrays import Array
 from npnorm.group import errors_on_all_ranks
 from npnorm.norms import cast_rms_norm, rms_norm
-from npnorm.norms.norm import Norm, OfSums
+from npnorm.norms.norm import Norm
+from npnorm.norms.options import OfSums
 
 Saved = rms_norm.Saved
 """What backward needs of forward."""

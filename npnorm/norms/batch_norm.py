@@ -38,16 +38,16 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from npnorm.arrays import AnyArray, Array, sqrt
-from npnorm.engine import Mean, Row, accurate_where_dx_cancels
-from npnorm.norms import running
+from npnorm import engine
+from npnorm.arrays import Array, sqrt
+from npnorm.norms import options, running
 
 
 class Saved(NamedTuple):
     """What backward, and `track`, need of forward; the statistics are one number for each channel."""
 
     x: Array
-    mean: Mean
+    mean: engine.Mean
     var: Array
     n: Array  # elements of the channel, over all ranks
     rstd: Array
@@ -62,7 +62,7 @@ class SavedInference(NamedTuple):
     rstd: Array
 
 
-def forward(row: Row, x: Array, w: Array, b: Array) -> tuple[Array, tuple[Mean, Array, Array, Array]]:
+def forward(row: engine.Row, x: Array, w: Array, b: Array) -> tuple[Array, tuple[engine.Mean, Array, Array, Array]]:
     """Return y, and the statistics to save."""
     c, mean, var = row.centre(x)
     rstd = 1 / sqrt(var + row.eps)
@@ -71,9 +71,9 @@ def forward(row: Row, x: Array, w: Array, b: Array) -> tuple[Array, tuple[Mean, 
     return y, (mean, var, row.n, rstd)
 
 
-@accurate_where_dx_cancels
+@engine.accurate_where_dx_cancels
 def backward(
-    row: Row, dy: Array, x: Array, w: Array, mean: Mean, var: Array, n: Array, rstd: Array
+    row: engine.Row, dy: Array, x: Array, w: Array, mean: engine.Mean, var: Array, n: Array, rstd: Array
 ) -> tuple[Array, Array, Array]:
     """Return dx, dw and db; var is there for `track`."""
     z = row.subtract(x, mean) * rstd
@@ -82,14 +82,16 @@ def backward(
     return dx, dw, db
 
 
-def inference(row: Row, x: Array, w: Array, b: Array, mean: Array, rstd: Array) -> tuple[Array, tuple[()]]:
+def inference(row: engine.Row, x: Array, w: Array, b: Array, mean: Array, rstd: Array) -> tuple[Array, tuple[()]]:
     """Return y by the running statistics, and nothing to save."""
     z = row.difference(x, mean) * rstd
     y = z * w + b
     return y, ()
 
 
-def inference_backward(row: Row, dy: Array, x: Array, w: Array, mean: Array, rstd: Array) -> tuple[Array, Array, Array]:
+def inference_backward(
+    row: engine.Row, dy: Array, x: Array, w: Array, mean: Array, rstd: Array
+) -> tuple[Array, Array, Array]:
     """Return dx, dw and db by the running statistics."""
     z = row.difference(x, mean) * rstd
     db, dw = row.sum(dy, dy * z)
@@ -140,8 +142,8 @@ class BatchNorm(running.RunningNorm[Saved]):
     array([0.2])
     """
 
-    formula = running.Formula(forward, backward, Saved)
-    by_running_statistics = running.Formula(inference, inference_backward, SavedInference)
+    formula = engine.Formula(forward, backward, Saved)
+    by_running_statistics = engine.Formula(inference, inference_backward, SavedInference)
 
     def __init__(
         self,
@@ -153,11 +155,11 @@ class BatchNorm(running.RunningNorm[Saved]):
         running_mean: Array | None = None,
         running_var: Array | None = None,
         batches: int = 0,
-        **settings: Unpack[running.Common],
+        **settings: Unpack[options.Common],
     ) -> None:
         super().__init__(weight, bias, eps, momentum, running_mean, running_var, batches, settings)
 
-    def inference(self, x: AnyArray, *, out: Array | None = None) -> tuple[AnyArray, SavedInference]:
+    def inference(self, x: options.AnyArray, *, out: Array | None = None) -> tuple[options.AnyArray, SavedInference]:
         """Return y by the running statistics, and what backward needs; nothing is communicated; y goes to `out`."""
         self._check(x=x)
         mean, var = self.known()
@@ -166,8 +168,8 @@ class BatchNorm(running.RunningNorm[Saved]):
         return y, SavedInference(x, mean, rstd)
 
     def backward(
-        self, dy: AnyArray, saved: Saved | SavedInference, *, out: Array | None = None
-    ) -> tuple[AnyArray, dict[str, Any]]:
+        self, dy: options.AnyArray, saved: Saved | SavedInference, *, out: Array | None = None
+    ) -> tuple[options.AnyArray, dict[str, Any]]:
         """Return dx, of the shape and dtype of x, and the complete gradients of the parameters; dx goes to `out`."""
         if not isinstance(saved, SavedInference):
             return super().backward(dy, saved, out=out)

@@ -28,7 +28,7 @@ from numpy.typing import DTypeLike
 from npnorm.arrays import Array
 from npnorm.engine import Formula, Row
 from npnorm.group import Group, errors_on_all_ranks
-from npnorm.norms import norm, rms_norm
+from npnorm.norms import norm, options, rms_norm
 
 Saved = rms_norm.Saved
 """What backward needs of forward."""
@@ -107,7 +107,7 @@ class CastRMSNorm(norm.FeatureNorm[Saved]):
     olmo2 1.9248046875
     """
 
-    cast: norm.Fixed[norm.Cast]
+    cast: options.Fixed[options.Cast]
 
     def __init__(
         self,
@@ -115,16 +115,16 @@ class CastRMSNorm(norm.FeatureNorm[Saved]):
         bias: Array | None = None,
         eps: float = 1e-6,
         *,
-        cast: norm.Cast,
+        cast: options.Cast,
         offset: float = 0,
-        **settings: Unpack[norm.Settings],
+        **settings: Unpack[options.Settings],
     ) -> None:
-        formula = order(type(self).__name__, cast, self._set_common(settings, norm.Settings))
+        formula = order(type(self).__name__, cast, self._set_common(settings, options.Settings))
         self._set(cast=cast, formula=formula)
         super().__init__(weight, bias, eps, settings, offset=offset)
 
     @classmethod
-    def init(cls, features: norm.Sizes, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfCasts]) -> Self:
+    def init(cls, features: options.Sizes, dtype: DTypeLike = "float32", **settings: Unpack[options.OfCasts]) -> Self:
         """Return the norm with a weight of ones, less the offset, and no bias; settings: cast, and those of `RMSNorm`.
 
         On a group, features are those of this rank's shard.

@@ -30,7 +30,7 @@ from numpy.typing import DTypeLike
 from npnorm.arrays import Array, erf, exp
 from npnorm.engine import Formula, Row
 from npnorm.norms import elementwise
-from npnorm.norms.norm import Common
+from npnorm.norms.options import Common
 
 
 def forward(row: Row, x: Array, w: Array, b: Array, alpha: Array, s: Array) -> tuple[Array, tuple[()]]:

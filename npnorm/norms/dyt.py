@@ -28,7 +28,7 @@ from numpy.typing import DTypeLike
 from npnorm.arrays import Array, array_module, exp, tanh
 from npnorm.engine import Formula, Row
 from npnorm.norms import elementwise
-from npnorm.norms.norm import Common
+from npnorm.norms.options import Common
 
 
 def slope(u: Array) -> Array:

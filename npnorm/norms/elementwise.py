@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 from npnorm import checks, engine
-from npnorm.arrays import AnyArray, Array, round_to
-from npnorm.norms.norm import Common, Fixed, Norm
+from npnorm.arrays import Array, round_to
+from npnorm.norms.norm import Norm
+from npnorm.norms.options import AnyArray, Common, Fixed
 
 
 class Saved(NamedTuple):

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple, Self, Unpack
 from numpy.typing import DTypeLike
 
 from npnorm import checks, engine
-from npnorm.arrays import AnyArray, Array, sigmoid
-from npnorm.norms import gate_before_norm, norm, rms_norm
+from npnorm.arrays import Array, sigmoid
+from npnorm.norms import gate_before_norm, norm, options, rms_norm
 
 
 @norm.show_shapes
@@ -98,8 +98,8 @@ class GatedRMSNorm(norm.Norm):
     array([[  0., 140.]])
     """
 
-    groups: norm.Fixed[int]
-    norm_before_gate: norm.Fixed[bool]
+    groups: options.Fixed[int]
+    norm_before_gate: options.Fixed[bool]
     _shapes = {"weight": "(features,), one axis"}
 
     def __init__(
@@ -109,7 +109,7 @@ class GatedRMSNorm(norm.Norm):
         *,
         groups: int = 1,
         norm_before_gate: bool = True,
-        **settings: Unpack[norm.Common],
+        **settings: Unpack[options.Common],
     ) -> None:
         group = self._set_common(settings)
         self.params = {} if weight is None else {"weight": weight}
@@ -123,17 +123,17 @@ class GatedRMSNorm(norm.Norm):
         self._set(shards=dict.fromkeys(self.params, self._axis(0)))
 
     @classmethod
-    def init(cls, features: int, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfGates]) -> Self:
+    def init(cls, features: int, dtype: DTypeLike = "float32", **settings: Unpack[options.OfGates]) -> Self:
         """Return the norm with a weight of ones, on a group for this rank's shard of the features."""
         return cls(cls._ones(features, dtype, settings), **settings)
 
-    def forward(self, x: AnyArray, gate: Array) -> tuple[AnyArray, Saved]:
+    def forward(self, x: options.AnyArray, gate: Array) -> tuple[options.AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs."""
         self._check(gate=gate, x=x)
         y, (rstd,), exponent = self.rows[self.norm_before_gate].forward(x, self.params, gate)
         return y, Saved(x, gate, self.norm_before_gate, rstd, exponent)
 
-    def backward(self, dy: AnyArray, saved: Saved) -> tuple[tuple[AnyArray, Any], dict[str, Any]]:
+    def backward(self, dy: options.AnyArray, saved: Saved) -> tuple[tuple[options.AnyArray, Any], dict[str, Any]]:
         """Return (dx, dgate), of the shapes and dtypes of x and gate, and the gradient of the weight, in its dtype."""
         checks.check_saved("GatedRMSNorm", saved, Saved, self.group)
         x, gate, norm_before_gate, rstd, exponent = saved

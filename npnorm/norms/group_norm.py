@@ -18,25 +18,24 @@ Backward, given dy:
     db = sum over batch and space of dy
 
 These are the formulas of `npnorm.norms.layer_norm`, over other rows. With one group it is LayerNorm over (C, ...) with
-a weight for each channel; with as many groups as channels it is InstanceNorm. A group of ranks splits the channels. If
-the ranks divide the groups, each rank holds whole groups and nothing is communicated.
+a weight for each channel; with as many groups as channels it is InstanceNorm. Ranks split the channels. If their number
+divides that of the groups of channels, each rank holds whole groups and nothing is communicated.
 """
 
 from typing import Any, NamedTuple, Self, Unpack
 
 from numpy.typing import DTypeLike
 
-from npnorm import checks
+from npnorm import checks, engine
 from npnorm.arrays import Array
-from npnorm.engine import Channels, Formula, Mean, Rows
-from npnorm.norms import layer_norm, norm
+from npnorm.norms import layer_norm, norm, options
 
 
 class Saved(NamedTuple):
     """What backward needs of forward; the statistics are one number for each group of each sample."""
 
     x: Array
-    mean: Mean
+    mean: engine.Mean
     rstd: Array
     exponent: Array | None  # rows whose squares overflow were divided by 2^exponent; None: there were none
 
@@ -72,8 +71,8 @@ class GroupNorm(norm.ChannelNorm[Saved]):
     array([[-1.,  1., -1.,  1.]])
     """
 
-    groups: norm.Fixed[int]
-    formula = Formula(layer_norm.forward, layer_norm.backward, Saved)
+    groups: options.Fixed[int]
+    formula = engine.Formula(layer_norm.forward, layer_norm.backward, Saved)
 
     def __init__(
         self,
@@ -81,17 +80,18 @@ class GroupNorm(norm.ChannelNorm[Saved]):
         weight: Array | None = None,
         bias: Array | None = None,
         eps: float = 1e-5,
-        **settings: Unpack[norm.Common],
+        **settings: Unpack[options.Common],
     ) -> None:
         checks.check_groups("GroupNorm", groups, self._set_common(settings))
         group = self._set_channels(weight, bias, eps, settings, sizes=f"{groups}, {{}}", groups=groups)
         for array in self.params.values():
             checks.check_divides("GroupNorm", groups, array.shape[0], group)
-        self._set(groups=groups, rows=Rows(Channels("GroupNorm", group, groups), self.formula, eps, self.compute))
+        layout = engine.Channels("GroupNorm", group, groups)
+        self._set(groups=groups, rows=engine.Rows(layout, self.formula, eps, self.compute))
 
     @classmethod
     def init(  # type: ignore[override]
-        cls, groups: int, channels: int, dtype: DTypeLike = "float32", **settings: Unpack[norm.WithEps]
+        cls, groups: int, channels: int, dtype: DTypeLike = "float32", **settings: Unpack[options.WithEps]
     ) -> Self:
         """Return the norm with a weight of ones and a bias of zeros; settings: eps, group, compute.
 

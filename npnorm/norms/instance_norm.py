@@ -11,7 +11,7 @@ from npnorm import checks
 from npnorm.arrays import Array
 from npnorm.engine import Channels, Rows
 from npnorm.group import SOLO
-from npnorm.norms import group_norm, norm
+from npnorm.norms import group_norm, norm, options
 
 
 class InstanceNorm(norm.ChannelNorm[group_norm.Saved]):
@@ -47,7 +47,7 @@ class InstanceNorm(norm.ChannelNorm[group_norm.Saved]):
         weight: Array | None = None,
         bias: Array | None = None,
         eps: float = 1e-5,
-        **settings: Unpack[norm.Common],
+        **settings: Unpack[options.Common],
     ) -> None:
         group = self._set_channels(weight, bias, eps, settings)
         layout = Channels("InstanceNorm", SOLO, None)

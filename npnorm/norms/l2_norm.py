@@ -21,7 +21,7 @@ from typing import Self, Unpack
 
 from numpy.typing import DTypeLike
 
-from npnorm.norms.norm import OfRows, Settings
+from npnorm.norms.options import OfRows, Settings
 from npnorm.norms.scale_norm import ScaleNorm
 
 

@@ -29,8 +29,9 @@ from typing import NamedTuple, Self, Unpack
 from numpy.typing import DTypeLike
 
 from npnorm.arrays import Array, sqrt
-from npnorm.engine import Mean, Row, accurate_where_dx_cancels
-from npnorm.norms import norm
+from npnorm.engine import Formula, Mean, Row, accurate_where_dx_cancels
+from npnorm.norms import options
+from npnorm.norms.norm import FeatureNorm
 
 
 class Saved(NamedTuple):
@@ -62,7 +63,7 @@ def backward(row: Row, dy: Array, x: Array, w: Array, mean: Mean, rstd: Array) -
     return dx, dy * z, dy
 
 
-class LayerNorm(norm.FeatureNorm[Saved]):
+class LayerNorm(FeatureNorm[Saved]):
     """Give each row mean 0 and variance 1: y = (x - mean(x)) / sqrt(var(x) + eps) w + b.
 
     Parameters
@@ -85,7 +86,7 @@ class LayerNorm(norm.FeatureNorm[Saved]):
     array([[-1., -1.,  1.,  1.]])
     """
 
-    formula = norm.Formula(forward, backward, Saved)
+    formula = Formula(forward, backward, Saved)
 
     def __init__(
         self,
@@ -93,15 +94,12 @@ class LayerNorm(norm.FeatureNorm[Saved]):
         bias: Array | None = None,
         eps: float = 1e-5,
         *,
-        statistics: norm.Statistics = "two-pass",
-        **settings: Unpack[norm.Settings],
+        statistics: options.Statistics = "two-pass",
+        **settings: Unpack[options.Settings],
     ) -> None:
         super().__init__(weight, bias, eps, settings, statistics=statistics)
 
     @classmethod
-    def init(cls, features: norm.Sizes, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfMeans]) -> Self:
-        """Return the norm with a weight of ones and a bias of zeros; settings: eps, statistics, axes, group, compute.
-
-        On a group, features are those of this rank's shard.
-        """
+    def init(cls, features: options.Sizes, dtype: DTypeLike = "float32", **settings: Unpack[options.OfMeans]) -> Self:
+        """Return the norm with a weight of ones and a bias of zeros, for this rank's features; settings as above."""
         return cls._init(features, dtype, settings, with_bias=True)

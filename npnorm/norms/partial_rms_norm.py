@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from npnorm import checks, engine
-from npnorm.arrays import AnyArray, Array, from_numpy, sqrt
-from npnorm.norms import norm, rms_norm
+from npnorm.arrays import Array, from_numpy, sqrt
+from npnorm.norms import norm, options, rms_norm
 
 
 class Saved(NamedTuple):
@@ -81,8 +81,8 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
     array([[ 0.2,  1.4,  2. , -1. ]])
     """
 
-    p: norm.Fixed[float]
-    formula = norm.Formula(forward, backward, Saved)
+    p: options.Fixed[float]
+    formula = engine.Formula(forward, backward, Saved)
     _shapes = dict.fromkeys(("weight", "bias"), "(features,), one axis")
 
     def __init__(
@@ -91,23 +91,20 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
         bias: Array | None = None,
         p: float = 0.0625,
         eps: float = 1e-6,
-        **settings: Unpack[norm.Settings],
+        **settings: Unpack[options.Settings],
     ) -> None:
         super().__init__(weight, bias, eps, settings)
         checks.check_part("PartialRMSNorm", p, self.group)
         self._set(p=p, rows=engine.Rows(self.layout, rms_norm.RMSNorm.formula, eps, self.compute))
 
     @classmethod
-    def init(cls, features: int, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfParts]) -> Self:
-        """Return the norm with a weight of ones and no bias; settings: p, eps, group, compute.
-
-        On a group, features are those of this rank's shard.
-        """
+    def init(cls, features: int, dtype: DTypeLike = "float32", **settings: Unpack[options.OfParts]) -> Self:
+        """Return the norm with a weight of ones, for this rank's features; settings as above."""
         return cls._init(features, dtype, settings)
 
     def forward(
-        self, x: AnyArray, rng: np.random.Generator | None = None, *, out: Array | None = None
-    ) -> tuple[AnyArray, Saved]:
+        self, x: options.AnyArray, rng: np.random.Generator | None = None, *, out: Array | None = None
+    ) -> tuple[options.AnyArray, Saved]:
         """Return y, of the shape and dtype of x: (..., features), and what backward needs; y is written to `out`.
 
         Parameters
@@ -123,7 +120,9 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
         y, (rstd,), exponent = self._rows(subset, k).forward(x, self.params, out=out)
         return y, Saved(x, subset, k, rstd, exponent)
 
-    def backward(self, dy: AnyArray, saved: Saved, *, out: Array | None = None) -> tuple[AnyArray, dict[str, Any]]:
+    def backward(
+        self, dy: options.AnyArray, saved: Saved, *, out: Array | None = None
+    ) -> tuple[options.AnyArray, dict[str, Any]]:
         """Return dx, of the shape and dtype of x, and the gradients of the parameters; dx is written to `out`."""
         self._check_saved(saved)
         x, subset, k, rstd, exponent = saved
@@ -131,13 +130,7 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
         return self._rows(subset, k).backward(dy, x, self.params, (rstd,), exponent, out=out)
 
     def k(self, n: int) -> int:
-        """Return how many of n features are measured: ceil(n p).
-
-        Examples
-        --------
-        >>> PartialRMSNorm(p=0.0625).k(300), PartialRMSNorm(p=0.07).k(100)
-        (19, 7)
-        """
+        """Return how many of n features are measured: ceil(n p)."""
         return math.ceil(n * Fraction(str(self.p)))  # p as it was written: 100 * 0.07 is above 7
 
     def _rows(self, subset: Array | None, k: int) -> engine.Rows:
@@ -151,9 +144,7 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
             checks.check_generator("PartialRMSNorm", rng, self.group)
             chosen = np.sort(rng.choice(n, k, replace=False))
             self.group.require_same(f"PartialRMSNorm with the subset {chosen.tolist()}")
-        whole = np.zeros(n, bool)
-        whole[chosen] = True
-        return self.group.shard(whole, 0)
+        return self.group.shard(np.isin(np.arange(n), chosen), 0)
 
     def _shown(self) -> dict[str, Any]:
         return {"p": self.p, **super()._shown()}

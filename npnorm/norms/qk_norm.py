@@ -26,9 +26,9 @@ from typing import Any, NamedTuple, Self, Unpack
 
 from numpy.typing import DTypeLike
 
-from npnorm import checks, engine, group
+from npnorm import checks, engine
 from npnorm.arrays import Array, round_to
-from npnorm.norms import cast_rms_norm, norm, rms_norm
+from npnorm.norms import cast_rms_norm, norm, options, rms_norm
 
 WEIGHT = {"weight": "(features,), one axis"}
 """The shape of either weight, as messages say it."""
@@ -70,9 +70,9 @@ class QKNorm(norm.Norm):
            [[-1.4,  0.2]]])
     """
 
-    full_width: norm.Fixed[bool]
-    offset: norm.Fixed[float]
-    cast: norm.Fixed[norm.Cast]
+    full_width: options.Fixed[bool]
+    offset: options.Fixed[float]
+    cast: options.Fixed[options.Cast]
     _shapes = dict.fromkeys(("q_norm", "k_norm"), WEIGHT["weight"])
 
     def __init__(
@@ -83,8 +83,8 @@ class QKNorm(norm.Norm):
         *,
         full_width: bool = False,
         offset: float = 0,
-        cast: norm.Cast = None,
-        **settings: Unpack[norm.Common],
+        cast: options.Cast = None,
+        **settings: Unpack[options.Common],
     ) -> None:
         ranks = self._set_common(settings)
         self.params = {"q_norm": {"weight": q_weight}, "k_norm": {"weight": k_weight}}
@@ -95,7 +95,7 @@ class QKNorm(norm.Norm):
             checks.check_offset("QKNorm", params, offset, ranks)
         checks.check_pair("QKNorm", self.params, self._shapes, not full_width, ranks)
         formula = cast_rms_norm.order("QKNorm", cast, ranks)
-        layout = engine.Features("QKNorm", ranks if full_width else group.SOLO)
+        layout = engine.Features("QKNorm", ranks) if full_width else engine.Features("QKNorm")
         rows = {
             name: engine.Rows(layout, formula, eps, self.compute, offset=offset, group=ranks) for name in ("q", "k")
         }
@@ -104,7 +104,7 @@ class QKNorm(norm.Norm):
         self._set(shards={"q_norm": {"weight": axis}, "k_norm": {"weight": axis}})
 
     @classmethod
-    def init(cls, head_dim: int, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfHeads]) -> Self:
+    def init(cls, head_dim: int, dtype: DTypeLike = "float32", **settings: Unpack[options.OfHeads]) -> Self:
         """Return the norm with weights of ones, less the offset; settings: those of the constructor."""
         ones = cls._ones(head_dim, dtype, settings, "head_dim")
         return cls(ones, ones.copy(), **settings)

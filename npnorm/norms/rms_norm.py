@@ -25,8 +25,9 @@ from typing import NamedTuple, Self, Unpack
 from numpy.typing import DTypeLike
 
 from npnorm.arrays import Array, sqrt
-from npnorm.engine import Row, accurate_where_dx_cancels
-from npnorm.norms import norm
+from npnorm.engine import Formula, Row, accurate_where_dx_cancels
+from npnorm.norms import options
+from npnorm.norms.norm import FeatureNorm
 
 
 class Saved(NamedTuple):
@@ -54,7 +55,7 @@ def backward(row: Row, dy: Array, x: Array, w: Array, rstd: Array) -> tuple[Arra
     return dx, dy * z, dy
 
 
-class RMSNorm(norm.FeatureNorm[Saved]):
+class RMSNorm(FeatureNorm[Saved]):
     """Divide each row by its root mean square: y = x / sqrt(mean(x^2) + eps) w + b.
 
     Parameters
@@ -77,7 +78,7 @@ class RMSNorm(norm.FeatureNorm[Saved]):
     array([[0.2, 1.4]])
     """
 
-    formula = norm.Formula(forward, backward, Saved)
+    formula = Formula(forward, backward, Saved)
 
     def __init__(
         self,
@@ -86,14 +87,11 @@ class RMSNorm(norm.FeatureNorm[Saved]):
         eps: float = 1e-6,
         *,
         offset: float = 0,
-        **settings: Unpack[norm.Settings],
+        **settings: Unpack[options.Settings],
     ) -> None:
         super().__init__(weight, bias, eps, settings, offset=offset)
 
     @classmethod
-    def init(cls, features: norm.Sizes, dtype: DTypeLike = "float32", **settings: Unpack[norm.OfWeights]) -> Self:
-        """Return the norm with a weight of ones, less the offset, and no bias.
-
-        Settings: eps, offset, axes, group, compute. On a group, features are those of this rank's shard.
-        """
+    def init(cls, features: options.Sizes, dtype: DTypeLike = "float32", **settings: Unpack[options.OfWeights]) -> Self:
+        """Return the norm with a weight of ones, less the offset, for this rank's features; settings as above."""
         return cls._init(features, dtype, settings)

@@ -6,13 +6,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from npnorm import checks
-from npnorm.arrays import AnyArray, Array, array_module, from_numpy
+from npnorm.arrays import Array, array_module, from_numpy
 from npnorm.engine import Batch, Formula, Rows
 from npnorm.group import SOLO
-from npnorm.norms.norm import ChannelNorm, Common, Fixed, OfBatches, Saved
-
-__all__ = ["Common", "Formula", "RunningNorm"]
-
+from npnorm.norms.norm import ChannelNorm, Saved
+from npnorm.norms.options import AnyArray, Common, Fixed, OfBatches
 
 RUNNING = ("running_mean", "running_var", "batches")
 """What `track` changes."""

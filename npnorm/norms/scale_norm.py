@@ -27,7 +27,8 @@ from numpy.typing import DTypeLike
 
 from npnorm.arrays import Array, array_module, sqrt
 from npnorm.engine import Formula, Row, accurate_where_dx_cancels_without_eps
-from npnorm.norms.norm import LengthNorm, OfRows
+from npnorm.norms.norm import LengthNorm
+from npnorm.norms.options import OfRows
 
 
 class Saved(NamedTuple):

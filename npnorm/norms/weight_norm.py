@@ -26,7 +26,8 @@ from npnorm import checks, engine
 from npnorm.arrays import Array, round_to
 from npnorm.group import errors_on_all_ranks
 from npnorm.norms import scale_norm
-from npnorm.norms.norm import Common, Norm
+from npnorm.norms.norm import Norm
+from npnorm.norms.options import Common
 
 
 class Saved(NamedTuple):
