@@ -118,7 +118,7 @@ def dx_where_it_cancels(row: Any, dy: Array, x: Array, w: Array, statistics: tup
     rows = xp.reshape(xp.ones_like(rstd, dtype=xp.bool), (-1,))
     if mean is not None:  # of a constant dz nothing is left
         rows = ~(is_constant(dz) & is_constant(rest))
-    dx = xp.zeros_like(dz)
+    dx = dz if bool(xp.all(rows)) else xp.zeros_like(dz)
     for steps in (3,) if not row.low_precision else (1, 3) if mean is None else (0, 1, 3):
         if bool(xp.all(rows)):
             dx = _in_steps(steps, row, dz, rest, x, mean, share)

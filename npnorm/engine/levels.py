@@ -106,7 +106,7 @@ class Levels:
             return statistics
         work, centring, guards = self.levels[at]
         with _memory(x) as memory:
-            block = Block(self.layout, x if y is None else y, work, memory.empty, False, centring)
+            block = Block(self.layout, x.shape, y, work, memory.empty, False, centring)
             row = BlockRow(self.layout, self.eps, block)
             values, statistics = self.formula.forward(row, block.array(x, "x"), *params, *constants)
             if y is not None:
@@ -134,7 +134,7 @@ class Levels:
         work, centring, guards = self.levels[at]
         dy, x, plus, params, statistics, dx, there = given
         with _memory(x) as memory:
-            block = Block(self.layout, dx, work, memory.empty, True, centring)
+            block = Block(self.layout, x.shape, dx, work, memory.empty, True, centring)
             row, numbers = BlockRow(self.layout, self.eps, block), statistics
             if statistics[-1].dtype != block.numbers:
                 numbers = map_statistics(lambda a: a.astype(block.numbers), statistics)
@@ -176,8 +176,8 @@ class Levels:
         whole = self.exact.row(low_precision=True)
         for rows in self._pieces(lost, given.x, len(self.levels)):
             dy, x, plus, params, statistics, dx, _ = given.of(rows)
-            statistics = self.statistics(x) if narrow else statistics
             dy, x = (contiguous(a, np.float64) for a in (dy, x))
+            statistics = self.statistics(x) if narrow else statistics
             d = dx_where_it_cancels(whole, dy, x, params[0], statistics, share(self.eps, statistics[-1]))
             given.dx[rows] = round_to(d if plus is None else d + contiguous(plus, np.float64), dx.dtype)
 

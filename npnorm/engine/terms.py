@@ -156,8 +156,10 @@ class Block:
     Parameters
     ----------
     layout : Layout
-    out : array
-        Where the result is written to.
+    shape : tuple of int
+        Of the block.
+    out : array or None
+        Where the result is written to; None if it is not wanted.
     work : str
         The working precision.
     empty : callable
@@ -172,7 +174,8 @@ class Block:
     def __init__(
         self,
         layout: Layout,
-        out: np.ndarray,
+        shape: tuple[int, ...],
+        out: np.ndarray | None,
         work: str,
         empty: Callable[..., Any],
         column_first: bool,
@@ -180,14 +183,15 @@ class Block:
     ) -> None:
         self.per_channel, self.batch = layout.per_channel, layout.row_is_channel
         self.folds, self.twice = centring == "folded", centring == "twice"
-        self.out, self.work, self.empty, self.column_first = out, DTYPES[work], empty, column_first
+        self.out: Any = out
+        self.work, self.empty, self.column_first = DTYPES[work], empty, column_first
         self.numbers = DTYPES["float64"] if layout.per_channel else self.work
-        self.shape = out.shape
-        self.out_is_free = out.dtype == self.work
+        self.shape = shape
+        self.out_is_free = out is not None and out.dtype == self.work
         self.owned: dict[int, np.ndarray] = {}  # arrays that may be written over, by their id
         self.totals: dict[Any, Any] = {}
         self.products: dict[Any, Any] = {}
-        self.long = out.shape[-1] > PIECE
+        self.long = shape[-1] > PIECE
 
     def array(self, a: np.ndarray, name: str) -> Terms:
         """Return an array in working precision."""
@@ -410,7 +414,7 @@ class BlockRow:
     @property
     def n(self) -> Any:
         """How many elements each row has."""
-        return np.full((self.block.shape[0], *[1] * (self.block.out.ndim - 1)), float(self.size))
+        return np.full((self.block.shape[0], *[1] * (len(self.block.shape) - 1)), float(self.size))
 
     def subtract(self, x: Terms, mean: Mean) -> Terms:
         """Return x - mean(x), for the mean that `centre` found."""
