@@ -28,6 +28,9 @@ SMALL = 1 << 14
 AGAIN = 1 << 18
 """The elements of rows that are evaluated again at a time."""
 
+DX_AGAIN = 1 << 17
+"""The same for dx alone, with some 6 arrays of float64 at a time. Of smaller ones, threads wait for each other."""
+
 EXACTLY_AGAIN = 1 << 16
 """The same for the exact evaluation, which has some 15 arrays of this size at a time."""
 
@@ -117,7 +120,7 @@ class Levels:
         if lost is None:
             return statistics
         statistics = map_statistics(lambda a: a.astype(np.float64), statistics)
-        for rows in self._pieces(lost, x, at + 1):
+        for rows in self._pieces(lost, x, self._size(at + 1)):
             y_again = _result(y, rows)
             again = self.forward(
                 x[rows], in_dtype(of_rows(params, rows), np.float64), of_rows(constants, rows), y_again, at + 1
@@ -164,7 +167,7 @@ class Levels:
         """Write dx of rows in which it cancels. What their gradients add to those of the parameters is right."""
         if row.means:
             constant = lost & given.has_constant_dz()
-            for rows in self._pieces(constant, given.x, at):  # nothing is left of dz
+            for rows in self._pieces(constant, given.x, AGAIN):  # nothing is left of dz
                 given.dx[rows] = 0 if given.plus is None else given.plus[rows]
             lost = lost & ~constant
         narrow = self.levels[at - 1].work == "float32"
@@ -174,7 +177,7 @@ class Levels:
             self._again(enough, given._replace(there=[False] * len(given.there)), [], at, True)
             lost = lost & ~enough
         whole = self.exact.row(low_precision=True)
-        for rows in self._pieces(lost, given.x, len(self.levels)):
+        for rows in self._pieces(lost, given.x, DX_AGAIN):
             dy, x, plus, params, statistics, dx, _ = given.of(rows)
             dy, x = (contiguous(a, np.float64) for a in (dy, x))
             statistics = self.statistics(x) if narrow else statistics
@@ -193,7 +196,7 @@ class Levels:
         self, lost: np.ndarray, given: Given, sums: list[np.ndarray], at: int, from_new_statistics: bool
     ) -> None:
         """Write dx of the rows that lost digits, at a level; add their part to the sums."""
-        for rows in self._pieces(lost, given.x, at):
+        for rows in self._pieces(lost, given.x, self._size(at)):
             of_lost = given.of(rows)
             if from_new_statistics:
                 of_lost = of_lost._replace(statistics=self.statistics(of_lost.x))
@@ -218,10 +221,15 @@ class Levels:
             return self.layout.sum_over_rows(d)
         return block.sum_of_channels(d) if block.per_channel else block.sum_of_columns(d)
 
-    def _pieces(self, lost: np.ndarray, x: np.ndarray, level: int) -> Iterator[Some]:
-        """Yield the rows that lost digits, few at a time; neighbours as a slice, which copies nothing."""
+    def _size(self, level: int) -> int:
+        """Return how many elements are evaluated again at a time, at a level."""
+        return AGAIN if level < len(self.levels) else EXACTLY_AGAIN
+
+    @staticmethod
+    def _pieces(lost: np.ndarray, x: np.ndarray, size: int) -> Iterator[Some]:
+        """Yield the rows that lost digits, so many elements at a time; neighbours as a slice, which copies nothing."""
         rows = np.flatnonzero(lost)
-        step = max(1, (AGAIN if level < len(self.levels) else EXACTLY_AGAIN) // max(1, x[0].size))
+        step = max(1, size // max(1, x[0].size))
         for i in range(0, len(rows), step):
             some = rows[i : i + step]
             first, last = int(some[0]), int(some[-1])
