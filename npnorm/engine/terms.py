@@ -288,12 +288,12 @@ class Block:
     def form(self, x: Terms, number: Array) -> Terms:
         """Return an array plus numbers as one array, c, in the place of the array if that may be written over.
 
-        From then on x is c minus the numbers, should the formula come back to it.
+        From then on x is c minus the numbers, should the formula come back to it, or numbers be added again.
         """
         (_, _, a, _), *rest = x.terms
         c = np.add(a, self._spread(number), out=a if id(a) in self.owned else self.free("c"))[...]
         self.owned[id(c)] = c  # another object than a, whose sums are known
-        if id(a) in self.owned:
+        if id(a) in self.owned or self.twice:
             x.terms = ((None, None, c, None), *rest, (-number, None, None, None))
         return Terms(self, ((None, None, c, None),))
 
@@ -406,7 +406,7 @@ class BlockRow:
             far = mean * mean > var * LIMITS["float64"].mean ** 2
             if far.any():
                 low = np.where(far, self.mean(c), low)
-                c = self.block.form(x, -low)
+                c = self.block.form(x, -low)  # x is c + mean + low from now on
                 var = self.mean(c * c)
         self.centred = Centred(c, Mean(mean, low), var, self.size)
         return c, self.centred.mean, var

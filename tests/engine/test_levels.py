@@ -775,13 +775,32 @@ def test_with_out_hardly_any_memory_is_taken(compute, forward, backward):
     assert peak(lambda: layer.backward(dy, saved, out=out)) < backward
 
 
-def test_a_formula_may_use_x_after_it_was_centred():
+@pytest.mark.parametrize("mean", [0, 1e6])
+def test_statistics_are_the_same_of_rows_in_float64(mean):
+    x = np.random.default_rng(32).standard_normal((5, 1000)).astype("float32") + np.float32(mean)
+    levels = LayerNorm(compute="float32").rows.levels
+    narrow, wide = (flatten(levels.statistics(a)) for a in (x, x.astype("float64")))
+    for a, b in zip(narrow, wide, strict=True):
+        same_bits(a, b)
+
+
+@pytest.mark.parametrize("mean", [2, 1e5])
+def test_a_formula_may_use_x_after_it_was_centred(mean):
     def forward(row, x, w, b):
         c, mean, var = row.centre(x)
         return c * 3 + x * w + b, (mean, 1 / np.sqrt(var + row.eps))
 
-    x = np.random.default_rng(33).standard_normal((12, 40)).astype("float32") + 2
-    rows = Rows(Features("a norm", SOLO), Formula(forward, None, None), 1e-5)
-    y, _, _ = rows.forward(x, {})
+    def backward(row, dy, x, w, mean, rstd):
+        c = row.subtract(x, mean)
+        return c * row.mean(dy * x), dy, dy
+
+    x, dy = np.random.default_rng(33).standard_normal((2, 12, 40)).astype("float32")
+    x += np.float32(mean)
+    rows = Rows(Features("a norm", SOLO), Formula(forward, backward, None), 1e-5)
+    y, statistics, exponent = rows.forward(x, {})
+    assert statistics[0].low.any() == (mean == 1e5)  # the mean was subtracted twice
+    dx, _ = rows.backward(dy, x, {}, statistics, exponent)
     own = x.astype("float64")
-    close(y, 3 * (own - own.mean(axis=1, keepdims=True)) + own, 1e-7)
+    c = own - own.mean(axis=1, keepdims=True)
+    close(y, 3 * c + own, 1e-7)
+    close(dx, c * (dy * own).mean(axis=1, keepdims=True), 1e-7)

@@ -3,6 +3,7 @@
 import signal
 import time
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -151,6 +152,18 @@ def test_dy_of_ones_gives_zeros():
         layer = LayerNorm.init(64, dtype)
         came = run(layer, x.astype(dtype), np.ones((5, 64), dtype))
         np.testing.assert_array_equal(came["dx"], np.zeros((5, 64)))
+
+
+@pytest.mark.parametrize("compute", [None, "float32"])
+@pytest.mark.parametrize("make", [LayerNorm, partial(GroupNorm, 2)], ids=["LayerNorm", "GroupNorm"])
+def test_dy_of_ones_beside_a_weight_that_is_nearly_constant(make, compute):
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((5, 64, 16)[: 3 if make is not LayerNorm else 2]).astype("float32")
+    w, b = (1 + 2.0**-14 * rng.standard_normal(64)).astype("float32"), np.zeros(64, "float32")
+    came = run(make(weight=w, bias=b, compute=compute), x, np.ones_like(x))["dx"]
+    exact = run(make(weight=w.astype("float64"), bias=b.astype("float64")), x.astype("float64"), np.ones(x.shape))["dx"]
+    assert np.abs(exact).max() > 1e-6
+    assert units(came.reshape(5, -1), exact.reshape(5, -1)).max() <= 0.51
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
