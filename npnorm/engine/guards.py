@@ -98,9 +98,12 @@ class Guards:
         self.constant = limits.constant and centring != "folded"
         self.mean = {"folded": limits.folded_mean, "once": limits.mean, "twice": TWICE}[centring] ** 2
         self.mean_left = 0.0 if centring == "twice" else limits.mean_left
+        self.most_left = limits.left + self.mean_left * self.mean  # of what `least_left` returns
         self.low, self.high = 2.0**-limits.size, 2.0**limits.size
         self.square = 2.0**-limits.square, 2.0**limits.square
         self.beside_eps = ((1 - 2.0**-20) / eps) ** 0.5 if limits.tiny and eps > 0 else math.inf
+        # Half of the spread is sure below this rstd, and a mean below 0.7 of the limit is then near enough.
+        self.sure, self.near = (0.5 / eps) ** 0.5 if eps > 0 else math.inf, 0.7 * self.mean**0.5
 
     def far(self, mean: Any, var: Any) -> Any:
         """Return what is positive if the mean is too far from zero, in units of the spread.
@@ -151,20 +154,19 @@ class Guards:
         squares : pair of arrays, or None
             |dz|^2, and what dx takes away from it.
         """
-        xp, fars = array_module(rstd), []
-        good = all_between(rstd, self.low, min(self.high, self.beside_eps))
-        if means:
-            fars = [self.far_of_saved(mean, rstd, self.eps) for mean in means]
-            good = good and all([all_between(far, -math.inf, NEXT) for far in fars])
+        xp, high = array_module(rstd), min(self.high, self.beside_eps)
+        good = all_between(rstd, self.low, min(high, self.sure) if means else high)
+        for mean in means:  # a quick look
+            good = good and all_between(mean * rstd, -self.near, self.near)
         if squares is not None:
             square, left = squares
-            least = self.least_left(means, rstd)
-            good = good and all_between(square, *self.square) and all_between(left / square - least, -1.0, math.inf)
+            good = good and all_between(square, *self.square)
+            good = good and all_between(left / square, self.most_left - 1.0, math.inf)
         if good:
             return None
         lost = self._out_of_range(x, rstd)
-        for far, mean in zip(fars, means, strict=True):
-            too_far = ~(far <= 0)
+        for mean in means:
+            too_far = ~(self.far_of_saved(mean, rstd, self.eps) <= 0)
             if self.constant and bool(xp.any(too_far)):
                 axes = tuple(range(1, x.ndim))
                 too_far = too_far & ~xp.all(contiguous(x, xp.float64) == mean, axis=axes, keepdims=True)
@@ -175,7 +177,7 @@ class Guards:
         if bool(xp.any(zero)):
             zero = zero & (_largest(dy) == 0)
         lost = lost | ~((square > self.square[0]) & (square < self.square[1]) | zero)
-        cancels = ~(square + left > least * square) & ~lost & ~zero
+        cancels = ~(square + left > self.least_left(means, rstd) * square) & ~lost & ~zero
         return Lost(_rows(xp, lost), _rows(xp, cancels))
 
     def _out_of_range(self, x: Array, rstd: Array) -> Array:
