@@ -156,6 +156,18 @@ def test_a_mean_far_from_zero_leaves_all_digits(name, compute, mean):
     check(name, run(MAKE[name](params, compute=compute), x, dy), exact(name, params, x, dy), unit)
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "BatchNorm"])
+@COMPUTE
+def test_a_mean_that_is_small_beside_eps_may_be_far_in_spreads(name, compute):
+    params, x, dy = problem(name, 13)
+    x = x * np.float32(1e-4) + np.float32(0.1)  # 1000 spreads, and a tenth of sqrt(eps)
+    came = run(MAKE[name](params, compute=compute, eps=1.0), x, dy)
+    check(name, came, exact(name, params, x, dy, eps=1.0), 0.51, 1)
+    rows = len(rows_of(name, x))
+    found = levels(name, params, x, dy, compute=compute, eps=1.0)
+    assert found == {way: {"float64, mean twice": rows} for way in ("forward", "backward")}
+
+
 @EACH
 @pytest.mark.parametrize("along", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 @pytest.mark.parametrize("mean", [0, 15, 30, 100, 250, 1e3, 1e5])
