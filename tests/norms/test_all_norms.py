@@ -137,7 +137,7 @@ def test_the_whole_range_is_right(entry, dtype, size, eps):
     expected = entry.exact(params, x, dy, eps)
     for name, a in came.items():
         with np.errstate(over="ignore"):
-            close(a, expected[name], 1e-13) if dtype == "float64" else same_bits(a, expected[name].astype(dtype))
+            close(a, expected[name], 1e-14) if dtype == "float64" else same_bits(a, expected[name].astype(dtype))
 
 
 @each(CENTRED)
@@ -220,7 +220,7 @@ def test_a_permutation_of_features_permutes_the_result(entry):
 
     came = run(entry.make(permuted(params)), permuted(x), permuted(dy))
     for (_, a), (_, b) in zip(leaves(came), leaves(permuted(run(entry.make(params), x, dy))), strict=True):
-        close(a, b, 1e-13)
+        close(a, b, 1e-14)
 
 
 # However it is handed in.
