@@ -166,14 +166,13 @@ def test_dy_of_ones_beside_a_weight_that_is_nearly_constant(make, compute):
     assert units(came.reshape(5, -1), exact.reshape(5, -1)).max() <= 0.51
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("compute", [None, "float32"])
+@pytest.mark.parametrize(("dtype", "compute"), [("float32", None), ("float32", "float32"), ("float64", None)])
 @pytest.mark.parametrize("dy", ["ones", "ordinary"])
 def test_without_eps_a_constant_row_has_no_gradient(dtype, compute, dy):
     x = np.random.default_rng(9).standard_normal((5, 64)).astype(dtype)
     x[2] = 3
     dy = np.ones_like(x) if dy == "ones" else x
-    layer = LayerNorm.init(64, dtype, eps=0, compute=compute if dtype == "float32" else None)
+    layer = LayerNorm.init(64, dtype, eps=0, compute=compute)
     came = run(layer, x, dy)
     for key in ("y", "dx"):
         np.testing.assert_array_equal(np.isnan(came[key]).all(axis=1), np.arange(5) == 2)
