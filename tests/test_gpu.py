@@ -19,6 +19,7 @@ from npnorm.tree import leaves, map_tree
 from tests.check import BFLOAT16, close, same_bits
 from tests.compiled.problems import IMAGES, MAKE, draw, hard_rows, run
 from tests.engine.formulas import within
+from tests.layers import test_recurrent as recurrent
 from tests.norms.catalogue import CATALOGUE
 from tests.test_cuda_casts import numbers
 
@@ -131,6 +132,25 @@ def test_the_transformer_and_a_step_of_adamw(cupy, settings, kind):
             assert np.abs(a - b).max() <= tolerance * largest
     for (_, a), (_, b) in zip(leaves(stepped_there), leaves(stepped), strict=True):
         close(a, b, 1e-8 if kind == "float64" else 1e-2)  # of a gradient near 0 the sign decides
+
+
+@pytest.mark.parametrize("norm", recurrent.KINDS)
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_a_recurrent_layer(cupy, norm, kind):
+    rng = np.random.default_rng(3)
+    params = map_tree(lambda a: (0.3 * a).astype(kind), recurrent.draw(rng, norm, 24, 48))
+    x, h0, dy = (rng.standard_normal(shape).astype(kind) for shape in ((3, 32, 24), (3, 48), (3, 32, 48)))
+
+    def of(put):
+        layer = recurrent.making(norm)(map_tree(put, params))
+        y, saved = layer.forward(put(x), put(h0))
+        (dx, dh0), grads = layer.backward(put(dy), saved)
+        return {"y": y, "dx": dx, "dh0": dh0, "grads": grads}
+
+    for (name, a), (_, b) in zip(leaves(of(cupy.asarray)), leaves(of(np.asarray)), strict=True):
+        assert isinstance(a, cupy.ndarray), name
+        assert a.dtype == b.dtype, name
+        close(to_numpy(a), b, 1e-12 if kind == "float64" else 1e-5)
 
 
 def test_the_training_program(cupy, tmp_path):

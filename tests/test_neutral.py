@@ -9,9 +9,24 @@ import pytest
 from npnorm import Config, LayerNorm, RMSNorm, Transformer
 from npnorm.arrays import dtype_name, to_numpy
 from npnorm.config import init
-from npnorm.layers import GELU, MLP, Attention, CrossEntropy, Embedding, Linear, Positions, Rotary, SiLU, SwiGLU
+from npnorm.layers import (
+    GELU,
+    GRU,
+    MLP,
+    Attention,
+    CrossEntropy,
+    Embedding,
+    GRUCell,
+    Linear,
+    Positions,
+    ReLU,
+    Rotary,
+    SiLU,
+    SwiGLU,
+)
 from npnorm.tree import leaves, map_tree
 from tests.check import WithLoss, close, draw, run
+from tests.layers import test_recurrent as recurrent
 
 DEVICE = array_api_strict.Device("device1")
 
@@ -105,7 +120,7 @@ def test_linear(module, shape):
 
 
 @MODULES
-@pytest.mark.parametrize("layer", [GELU(), SiLU(), Rotary()], ids=["GELU", "SiLU", "Rotary"])
+@pytest.mark.parametrize("layer", [ReLU(), GELU(), SiLU(), Rotary()], ids=["ReLU", "GELU", "SiLU", "Rotary"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_layer_without_parameters(module, layer, dtype):
     rng = np.random.default_rng(5)
@@ -131,6 +146,18 @@ def test_mlp(module, kind):
         del sizes["gate_proj"]
     params = {name: draw(rng, weight=size, bias=size[0]) for name, size in sizes.items()}
     compare(module, lambda p, _: kind(p), params, rng.standard_normal((2, 3, 5)), rng)
+
+
+@MODULES
+@pytest.mark.parametrize("kind", recurrent.KINDS)
+@pytest.mark.parametrize("layer", [GRU, GRUCell])
+def test_a_recurrent_layer(module, layer, kind):
+    rng = np.random.default_rng(12)
+    params, x = recurrent.draw(rng, kind), rng.standard_normal((2, 3, 5) if layer is GRU else (2, 5))
+    if layer is GRU:
+        compare(module, lambda p, _: recurrent.making(kind)(p), params, x, rng)
+    params = {"h": rng.standard_normal((2, 4)), "layer": params}
+    compare(module, lambda p, _: recurrent.from_state(kind, layer)(p), params, x, rng)
 
 
 @MODULES

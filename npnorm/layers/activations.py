@@ -1,5 +1,10 @@
 """Activations: functions of each element, without parameters.
 
+ReLU: Vinod Nair and Geoffrey E. Hinton, "Rectified Linear Units Improve Restricted Boltzmann Machines", ICML 2010.
+
+    y  = 0 where x <= 0, x elsewhere
+    dx = 0 where x <= 0, dy elsewhere
+
 GELU in its tanh form: Dan Hendrycks and Kevin Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415, section 2.
 
     t  = tanh(c (x + a x^3)),  c = sqrt(2 / pi), a = 0.044715
@@ -18,12 +23,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npnorm.arrays import Array
+from npnorm.arrays import Array, array_module
 from npnorm.layers.inplace import elementwise, exp, tanh
 from npnorm.tree import show_shapes
 
 C = math.sqrt(2 / math.pi)
 A = 0.044715
+
+
+def relu(x: Array) -> tuple[Array]:
+    """Return y, element by element; of complex numbers, of the complex step, the real part decides."""
+    return (array_module(x).where(_off(x), 0, x),)
+
+
+def relu_backward(dy: Array, x: Array) -> tuple[Array]:
+    """Return dx, element by element."""
+    return (array_module(x).where(_off(x), 0, dy),)
+
+
+def _off(x: Array) -> Array:
+    xp = array_module(x)
+    return (xp.real(x) if xp.isdtype(x.dtype, "complex floating") else x) <= 0
 
 
 def gelu(x: Array) -> tuple[Array, Array]:
@@ -78,6 +98,41 @@ class Saved(NamedTuple):
 
     x: Array
     gate: Array  # tanh for GELU, sigmoid for SiLU
+
+
+@show_shapes
+class SavedReLU(NamedTuple):
+    """What backward needs of forward."""
+
+    x: Array
+
+
+class ReLU:
+    """Keep what is positive: torch's ReLU.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> y, saved = ReLU().forward(np.array([-1.0, 0.0, 1.0]))
+    >>> y
+    array([0., 0., 1.])
+    """
+
+    params: dict[str, Array] = {}
+    shards: dict[str, None] = {}
+
+    def __repr__(self) -> str:
+        return "ReLU()"
+
+    def forward(self, x: Array) -> tuple[Any, SavedReLU]:
+        """Return y of the shape of x."""
+        (y,) = elementwise(relu, x)
+        return y, SavedReLU(x)
+
+    def backward(self, dy: Array, saved: SavedReLU) -> tuple[Any, dict[str, Array]]:
+        """Return dx, and no gradients."""
+        (dx,) = elementwise(relu_backward, dy, *saved)
+        return dx, {}
 
 
 class GELU:

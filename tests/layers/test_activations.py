@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from npnorm.layers import GELU, SiLU
+from npnorm.layers import GELU, ReLU, SiLU
 from tests.check import check_backward, check_finite_differences, close, same_bits
 
-BOTH = pytest.mark.parametrize("activation", [GELU, SiLU])
+ALL = pytest.mark.parametrize("activation", [ReLU, GELU, SiLU])
+
+
+def test_relu_worked_by_hand():
+    y, saved = ReLU().forward(np.array([-2.0, 0.0, 3.0, math.nan]))
+    np.testing.assert_array_equal(y, [0, 0, 3, math.nan])  # what is no number is not hidden
+    np.testing.assert_array_equal(ReLU().backward(np.array([5.0, 6.0, 7.0, 8.0]), saved)[0], [0, 0, 7, 8])
 
 
 def test_silu_worked_by_hand():
@@ -27,14 +33,14 @@ def test_gelu_worked_by_hand():
     close(dx, [1.5, 1 + t + (1 - t * t) * c * 1.134145], 1e-15)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
 def test_backward_is_the_derivative(activation, shape):
     rng = np.random.default_rng(1)
     check_backward(lambda _: activation(), {}, np.asarray(2 * rng.standard_normal(shape)), rng)
 
 
-@BOTH
+@ALL
 def test_backward_agrees_with_finite_differences(activation):
     rng = np.random.default_rng(2)
     check_finite_differences(lambda _: activation(), {}, 2 * rng.standard_normal((2, 3, 4)), rng)
@@ -42,8 +48,12 @@ def test_backward_agrees_with_finite_differences(activation):
 
 @pytest.mark.parametrize(
     ("activation", "theirs"),
-    [(GELU, lambda x: torch.nn.functional.gelu(x, approximate="tanh")), (SiLU, torch.nn.functional.silu)],
-    ids=["GELU", "SiLU"],
+    [
+        (ReLU, torch.nn.functional.relu),
+        (GELU, lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+        (SiLU, torch.nn.functional.silu),
+    ],
+    ids=["ReLU", "GELU", "SiLU"],
 )
 def test_torch_gives_the_same(activation, theirs):
     rng = np.random.default_rng(3)
@@ -56,7 +66,7 @@ def test_torch_gives_the_same(activation, theirs):
     close(activation().backward(dy, saved)[0], tensor.grad, 1e-15)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_far_from_zero_it_is_the_identity_or_zero(activation, dtype):
     x, dy = np.array([1e4, -1e4, 200, -200], dtype), np.array([2, 3, 5, 7], dtype)
@@ -76,13 +86,13 @@ def test_silu_keeps_its_digits_below_zero(dtype):
     np.testing.assert_allclose(y, wide * np.exp(wide) / (1 + np.exp(wide)), rtol=4 * np.finfo(dtype).eps)
 
 
-@BOTH
+@ALL
 def test_the_two_sides_differ_by_x(activation):
     x = 2 * np.random.default_rng(4).standard_normal(50)
     close(activation().forward(x)[0] - activation().forward(-x)[0], x, 1e-15)
 
 
-@BOTH
+@ALL
 def test_nan_stays_and_touches_no_other_element(activation):
     y, _ = activation().forward(np.array([1.0, np.nan, -2.0]))
     assert np.isnan(y).tolist() == [False, True, False]

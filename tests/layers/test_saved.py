@@ -1,14 +1,17 @@
 import numpy as np
 import pytest
 
-from npnorm.layers import MLP, Attention, CrossEntropy, Embedding, Linear, SwiGLU
+from npnorm.layers import GRU, MLP, Attention, CrossEntropy, Embedding, GRUCell, Linear, SwiGLU
 
 W = {"weight": np.ones((2, 2))}
+RECURRENT = {"weight_ih": np.ones((6, 2)), "weight_hh": np.ones((6, 2))}
 LAYERS = [
     Linear(**W),
     MLP({"up_proj": W, "down_proj": W}),
     SwiGLU({"gate_proj": W, "up_proj": W, "down_proj": W}),
     Attention({"q_proj": W, "k_proj": W, "v_proj": W, "o_proj": W}, heads=1),
+    GRU(RECURRENT),
+    GRUCell(RECURRENT),
     Embedding(**W),
     CrossEntropy(),
 ]
