@@ -5,7 +5,7 @@ parameters of a configuration, `init` draws them.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 
@@ -25,8 +25,13 @@ class Config:
         Hidden features of the MLP; None: 4 width, or for the gated MLP 8/3 width rounded up to a multiple of 32.
     kv_heads : int or None
         Heads of keys and values; None: as many as heads.
-    norm, placement, mlp, positions : str
-        Which page each part is taken from.
+    norm, mlp, positions : str
+        Which page each part is taken from. positions="none" tells no layer where a token stands.
+    placement : str
+        Where the norms stand: see `npnorm.blocks`. "none" is a transformer without norms, "res-post" the order of
+        OLMo-2, "sandwich" that of Gemma 2 and 3; "deep" also has its own first parameters (see `layout`).
+    causal : bool
+        Whether a position reads from those up to it alone; False: from all.
     tied : bool
         Whether the head uses the table of the embedding.
     bias : bool
@@ -42,9 +47,10 @@ class Config:
     hidden: int | None = None
     kv_heads: int | None = None
     norm: Literal["layer", "rms"] = "rms"
-    placement: Literal["post", "pre"] = "pre"
-    mlp: Literal["gelu", "swiglu"] = "swiglu"
-    positions: Literal["learned", "rotary"] = "rotary"
+    placement: Literal["none", "post", "pre", "res-post", "sandwich", "deep"] = "pre"
+    mlp: Literal["relu", "gelu", "swiglu"] = "swiglu"
+    positions: Literal["none", "learned", "rotary"] = "rotary"
+    causal: bool = True
     tied: bool = False
     bias: bool = False
     eps: float = 1e-5
@@ -59,14 +65,10 @@ class Config:
         return f"Config({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("norm", ("layer", "rms")),
-            ("placement", ("post", "pre")),
-            ("mlp", ("gelu", "swiglu")),
-            ("positions", ("learned", "rotary")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"Config: {name} is {getattr(self, name)!r}. Choose one of {', '.join(choices)}.")
+        for field in fields(self):
+            value, choices = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(f"Config: {field.name} is {value!r}. Choose one of {', '.join(choices)}.")
         for name in ("vocabulary", "width", "depth", "heads", "context", "hidden", "kv_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -110,6 +112,11 @@ class Config:
         gated = -(-8 * self.width // 3 // 32) * 32
         return self.hidden or (gated if self.mlp == "swiglu" else 4 * self.width)
 
+    @property
+    def final_norm(self) -> bool:
+        """Whether a norm stands between the last block and the head: where none stands between the blocks."""
+        return self.placement in ("pre", "res-post", "sandwich")
+
 
 class Drawn(NamedTuple):
     """A parameter to be drawn from N(mean, std^2)."""
@@ -125,12 +132,18 @@ def layout(config: Config) -> Tree:
     Weights are drawn from N(0, 0.02^2), norms are ones, biases zeros. Of the projections that end in a residual
     connection, 2 depth add up; they are drawn smaller by sqrt(2 depth): Alec Radford et al., "Language Models are
     Unsupervised Multitask Learners", 2019, section 2.3.
+
+    With placement="deep", the matrices of a block are drawn from N(0, gain^2 2 / (inputs + outputs)), Xavier's normal
+    distribution; gain is 1 for queries and keys, and (8 depth)^(-1/4) for all others: Hongyu Wang et al., "DeepNet",
+    2022, arXiv:2203.00555, figure 2. Embedding, positions and head are as above.
     """
     c = config
     kv_width = c.width // c.heads * (c.kv_heads or c.heads)
-    std, last = 0.02, 0.02 / (2 * c.depth) ** 0.5
+    std, last, beta = 0.02, 0.02 / (2 * c.depth) ** 0.5, (8 * c.depth) ** -0.25
 
-    def linear(outputs: int, inputs: int, std: float = std) -> Tree:
+    def linear(outputs: int, inputs: int, std: float = std, gain: float = 1.0) -> Tree:
+        if c.placement == "deep":
+            std = gain * (2 / (inputs + outputs)) ** 0.5
         weight = Drawn((outputs, inputs), std=std)
         return {"weight": weight, "bias": Drawn((outputs,))} if c.bias else {"weight": weight}
 
@@ -138,27 +151,31 @@ def layout(config: Config) -> Tree:
         weight = Drawn((c.width,), mean=1.0)
         return {"weight": weight, "bias": Drawn((c.width,))} if c.norm == "layer" else {"weight": weight}
 
+    def placed(sublayer: Tree) -> Tree:
+        names = {"none": (), "sandwich": ("norm1", "norm2")}.get(c.placement, ("norm",))
+        return {**{name: norm() for name in names}, "sublayer": sublayer}
+
     def block() -> Tree:
         attention = {
             "q_proj": linear(c.width, c.width),
             "k_proj": linear(kv_width, c.width),
-            "v_proj": linear(kv_width, c.width),
-            "o_proj": linear(c.width, c.width, last),
+            "v_proj": linear(kv_width, c.width, gain=beta),
+            "o_proj": linear(c.width, c.width, last, beta),
         }
         mlp = {
-            "gate_proj": linear(c.hidden_features, c.width),
-            "up_proj": linear(c.hidden_features, c.width),
-            "down_proj": linear(c.width, c.hidden_features, last),
+            "gate_proj": linear(c.hidden_features, c.width, gain=beta),
+            "up_proj": linear(c.hidden_features, c.width, gain=beta),
+            "down_proj": linear(c.width, c.hidden_features, last, beta),
         }
-        if c.mlp == "gelu":
+        if c.mlp != "swiglu":
             del mlp["gate_proj"]
-        return {"attention": {"norm": norm(), "sublayer": attention}, "mlp": {"norm": norm(), "sublayer": mlp}}
+        return {"attention": placed(attention), "mlp": placed(mlp)}
 
     tree: Tree = {"embedding": {"weight": Drawn((c.vocabulary, c.width), std=std)}}
     if c.positions == "learned":
         tree["positions"] = {"weight": Drawn((c.context, c.width), std=std)}
     tree["blocks"] = {str(i): block() for i in range(c.depth)}
-    if c.placement == "pre":
+    if c.final_norm:
         tree["norm"] = norm()
     if not c.tied:
         tree["head"] = {"weight": Drawn((c.vocabulary, c.width), std=std)}

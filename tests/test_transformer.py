@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from npnorm import Config, Transformer
+from npnorm import Config, DyT, PartialRMSNorm, Transformer
 from npnorm.config import init
 from npnorm.tree import leaves, map_tree
 from tests.check import WithLoss, check_backward, check_central_difference, close, same_bits
@@ -21,8 +21,15 @@ CONFIGS = {
     "modern, tied, with biases": Config.modern(12, **SIZES, tied=True, bias=True),
     "pre-LayerNorm, rotary": Config.original(12, **SIZES, placement="pre", positions="rotary", bias=False),
     "post-RMSNorm, learned": Config.modern(12, **SIZES, placement="post", positions="learned"),
+    "no norm, ReLU, no positions": Config.original(12, **SIZES, placement="none", mlp="relu", positions="none"),
+    "res-post-RMSNorm": Config.modern(12, **SIZES, placement="res-post"),
+    "sandwich-LayerNorm": Config.modern(12, **SIZES, placement="sandwich", norm="layer"),
+    "DeepNorm": Config.original(12, **SIZES, placement="deep"),
+    "modern, not causal": Config.modern(12, **SIZES, causal=False),
 }
 ALL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+CAUSAL = pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in CONFIGS.items() if c.causal])
+SMOOTH = pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in CONFIGS.items() if c.mlp != "relu"])
 
 
 def draw(config, rng):
@@ -59,25 +66,40 @@ def torch_logits(config, p, ids):
         q, k, v = (linear(p[n], x).unflatten(-1, (-1, d)).transpose(1, 2) for n in ("q_proj", "k_proj", "v_proj"))
         if config.positions == "rotary":
             q, k = turn(q), turn(k)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=config.causal, enable_gqa=True)
         return linear(p["o_proj"], o.transpose(1, 2).flatten(-2))
 
     def mlp(p, x):
-        if config.mlp == "gelu":
-            return linear(p["down_proj"], F.gelu(linear(p["up_proj"], x), approximate="tanh"))
-        return linear(p["down_proj"], F.silu(linear(p["gate_proj"], x)) * linear(p["up_proj"], x))
+        h = linear(p["up_proj"], x)
+        if config.mlp == "swiglu":
+            return linear(p["down_proj"], F.silu(linear(p["gate_proj"], x)) * h)
+        return linear(p["down_proj"], F.relu(h) if config.mlp == "relu" else F.gelu(h, approximate="tanh"))
+
+    def placed(p, f, x):
+        def f_of(x):
+            return f(p["sublayer"], x)
+
+        match config.placement:
+            case "none":
+                return x + f_of(x)
+            case "post":
+                return norm(p["norm"], x + f_of(x))
+            case "pre":
+                return x + f_of(norm(p["norm"], x))
+            case "res-post":
+                return x + norm(p["norm"], f_of(x))
+            case "sandwich":
+                return x + norm(p["norm2"], f_of(norm(p["norm1"], x)))
+            case "deep":
+                return norm(p["norm"], (2 * config.depth) ** (1 / 4) * x + f_of(x))
 
     x = F.embedding(ids, p["embedding"]["weight"])
     if config.positions == "learned":
         x = x + p["positions"]["weight"][:length]
     for block in p["blocks"].values():
-        for name, f in (("attention", attention), ("mlp", mlp)):
-            part = block[name]
-            if config.placement == "pre":
-                x = x + f(part["sublayer"], norm(part["norm"], x))
-            else:
-                x = norm(part["norm"], x + f(part["sublayer"], x))
-    if config.placement == "pre":
+        x = placed(block["attention"], attention, x)
+        x = placed(block["mlp"], mlp, x)
+    if config.placement in ("pre", "res-post", "sandwich"):
         x = norm(p["norm"], x)
     return x @ (p["embedding"] if config.tied else p["head"])["weight"].T
 
@@ -96,7 +118,7 @@ def test_backward_up_to_the_logits_is_the_derivative(config):
     check_backward(lambda p: Transformer(config, p), draw(config, rng), rng.integers(0, 12, (3, 5)), rng)
 
 
-@ALL
+@SMOOTH  # a step of 1e-3 passes the kinks of some of 2,160 hidden features
 def test_backward_up_to_the_loss_agrees_with_finite_differences(config):
     rng = np.random.default_rng(3)
     ids, targets = (rng.integers(0, 12, (3, 5)) for _ in range(2))
@@ -137,7 +159,7 @@ def test_torch_gives_the_same_loss_and_gradients(config):
     theirs = dict(leaves(tensors))
     assert set(theirs) == {name for name, _ in leaves(grads)}
     for name, gradient in leaves(grads):
-        if name.endswith("k_proj.bias") and config.positions == "learned":  # zero: a softmax does not see a shift
+        if name.endswith("k_proj.bias") and config.positions != "rotary":  # zero: a softmax does not see a shift
             assert np.abs(gradient).max() < 1e-15
         else:
             close(gradient, theirs[name].grad, 1e-11)
@@ -154,7 +176,7 @@ def test_float32_stays_float32_and_near_float64(config):
     close(loss, WithLoss(Transformer(config, params), targets).forward(ids)[0], 1e-6)
 
 
-@ALL
+@CAUSAL
 def test_a_later_token_does_not_change_a_bit_before_it(config):
     rng = np.random.default_rng(7)
     model, ids = Transformer(config, draw(config, rng)), rng.integers(0, 12, (3, 6))
@@ -165,7 +187,7 @@ def test_a_later_token_does_not_change_a_bit_before_it(config):
     assert np.all(np.any(logits[:, 4:] != logits_other[:, 4:], axis=-1))
 
 
-@ALL
+@CAUSAL
 def test_a_beginning_gives_the_logits_of_the_whole(config):
     rng = np.random.default_rng(8)
     model, ids = Transformer(config, draw(config, rng)), rng.integers(0, 12, (3, 7))
@@ -178,6 +200,95 @@ def test_the_same_token_elsewhere_gives_other_logits():
         ids = np.array([[1, 2, 3, 1, 2]])
         logits, _ = Transformer(config, draw(config, rng)).forward(ids)
         assert np.abs(logits[0, 0] - logits[0, 3]).max() > 1e-3
+
+
+def test_without_positions_and_mask_permuted_tokens_give_permuted_logits():
+    rng = np.random.default_rng(31)
+    config = Config.modern(12, **SIZES, positions="none", causal=False)
+    model, ids, order = Transformer(config, draw(config, rng)), rng.integers(0, 12, (3, 7)), rng.permutation(7)
+    close(model.forward(ids[:, order])[0], model.forward(ids)[0][:, order])
+
+
+def test_without_a_mask_a_later_token_is_read():
+    rng = np.random.default_rng(32)
+    config = CONFIGS["modern, not causal"]
+    model, ids = Transformer(config, draw(config, rng)), rng.integers(0, 12, (3, 6))
+    other = ids.copy()
+    other[:, -1] = (other[:, -1] + 5) % 12
+    assert np.all(np.any(model.forward(ids)[0] != model.forward(other)[0], axis=-1))
+
+
+def results(model, ids):
+    """Return logits and gradients."""
+    logits, saved = model.forward(ids)
+    return {"logits": logits, "grads": model.backward(np.cos(logits), saved)[1]}
+
+
+@pytest.mark.parametrize(("dtype", "compute"), [("float64", None), ("float32", "float32")])
+@pytest.mark.parametrize("placement", ["post", "pre", "sandwich"])
+def test_a_function_makes_the_norms(dtype, compute, placement):
+    rng = np.random.default_rng(33)
+    config, ids = Config.modern(12, **SIZES, placement=placement), rng.integers(0, 12, (3, 5))
+    params = map_tree(lambda a: a.astype(dtype), draw(config, rng))
+
+    def model(p):
+        return Transformer(
+            config, params, norm=lambda params: PartialRMSNorm(**params, p=p, eps=config.eps, compute=compute)
+        )
+
+    same_bits(results(model(1), ids), results(Transformer(config, params), ids))
+    assert np.abs(results(model(0.25), ids)["logits"] - results(model(1), ids)["logits"]).max() > 0.01
+    assert repr(model(0.25)) == repr(model(1)) == repr(Transformer(config, params))
+
+
+def test_a_model_with_other_norms_backward_is_the_derivative():
+    rng = np.random.default_rng(34)
+    config = Config.original(12, **SIZES, placement="sandwich", tied=False)
+
+    def make(params):
+        return Transformer(config, params, norm=lambda p: PartialRMSNorm(**p, p=0.25))
+
+    check_backward(make, draw(config, rng), rng.integers(0, 12, (3, 5)), rng)
+
+
+def test_norms_with_parameters_of_their_own_are_learned_and_copied():
+    rng = np.random.default_rng(35)
+    config, ids = Config.original(12, **SIZES), rng.integers(0, 12, (3, 5))
+    model = Transformer(config, draw(config, rng), norm=lambda p: DyT(alpha=np.array(0.5), **p))
+    copied = pickle.loads(pickle.dumps(model))
+    before = results(model, ids)
+    assert before["grads"]["blocks"]["1"]["mlp"]["norm"]["alpha"].shape == ()
+    assert [name for name, _ in leaves(model.shards)] == [name for name, _ in leaves(model.params)]
+    same_bits(results(copied, ids), before)
+    copied.params["blocks"]["1"]["mlp"]["norm"]["alpha"] = np.array(0.75)
+    assert not np.array_equal(results(copied, ids)["logits"], before["logits"])
+
+
+@ALL
+def test_the_blocks_can_be_run_one_by_one(config):
+    rng = np.random.default_rng(36)
+    model, ids = Transformer(config, draw(config, rng)), rng.integers(0, 12, (3, 5))
+    logits, saved = model.forward(ids)
+    dlogits, parts = rng.standard_normal(logits.shape), model.stack.layers
+    x, saved_embedding = model.embedding.forward(ids)
+    if "positions" in parts:
+        x, _ = parts["positions"].forward(x)
+    for block in parts["blocks"].layers.values():
+        x, _ = block.forward(x)
+    if "norm" in parts:
+        x, _ = parts["norm"].forward(x)
+    same_bits(model.head.forward(x)[0], logits)
+
+    dx, _ = model.head.backward(dlogits, saved.head)
+    if "norm" in parts:
+        dx, _ = parts["norm"].backward(dx, saved.stack["norm"])
+    grads = {}
+    for name, block in reversed(parts["blocks"].layers.items()):
+        dx, grads[name] = block.backward(dx, saved.stack["blocks"][name])
+    _, expected = model.backward(dlogits, saved)
+    same_bits({name: grads[name] for name in expected["blocks"]}, expected["blocks"])
+    if not config.tied:
+        same_bits(model.embedding.backward(dx, saved_embedding)[1], expected["embedding"])
 
 
 def test_the_loss_of_initial_parameters_is_near_the_log_of_the_vocabulary():

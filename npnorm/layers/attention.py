@@ -1,12 +1,12 @@
-"""Multi-head causal self-attention, with grouped queries.
+"""Multi-head self-attention, causal or not, with grouped queries.
 
 Ashish Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, section 3.2; Joshua Ainslie et al., "GQA",
 2023, arXiv:2305.13245: the heads of one group have a query each and share key and value.
 
-Forward, for each head of d features, position s attending to the positions up to s:
+Forward, for each head of d features, position s attending to the positions up to s, or to all:
 
     q, k, v = x Wq^T, x Wk^T, x Wv^T           q and k turned by the rotary layer, if there is one
-    p = softmax(q k^T / sqrt(d) + mask)        mask: 0 up to the diagonal, -infinity above it
+    p = softmax(q k^T / sqrt(d) + mask)        mask: 0 up to the diagonal, -infinity above it; 0 where all are read
     o = p v
     y = o Wo^T
 
@@ -22,7 +22,8 @@ Backward, given dy:
 
 and dW of each matrix is the sum over positions of the gradient of its output times its input (see `Linear`).
 
-In the code the queries come in blocks: the keys after the last query of a block need not be looked at.
+In the code the queries come in blocks: where attention is causal, the keys after the last query of a block need not be
+looked at.
 
 On a group the heads are split: q, k and v are column splits, o is the row split that sums. Communicated: one sum
 forward, of y, and one backward, of dx.
@@ -63,7 +64,7 @@ class Saved(NamedTuple):
 
 
 class Attention:
-    """Let each position read from those before it: y = softmax(q k^T / sqrt(d) + mask) v Wo^T in each head.
+    """Let each position read from those up to it: y = softmax(q k^T / sqrt(d) + mask) v Wo^T in each head.
 
     Parameters
     ----------
@@ -75,6 +76,8 @@ class Attention:
         The heads of keys and values, a divisor of heads; None: as many as heads.
     rotary : Rotary or None
         Turns queries and keys by their position.
+    causal : bool
+        False: each position reads from all of them.
     group : Group
         The ranks over which heads and kv_heads are split equally.
     """
@@ -86,12 +89,13 @@ class Attention:
         kv_heads: int | None = None,
         rotary: Rotary | None = None,
         *,
+        causal: bool = True,
         group: Group = SOLO,
     ) -> None:
         kv_heads = kv_heads or heads
         axes = {"q_proj": COLUMN, "k_proj": COLUMN, "v_proj": COLUMN, "o_proj": ROW}
         with errors_on_all_ranks(group):
-            require_same_settings("Attention", group, heads=heads, kv_heads=kv_heads, rotary=rotary)
+            require_same_settings("Attention", group, heads=heads, kv_heads=kv_heads, rotary=rotary, causal=causal)
             check_names("Attention", params, axes)
             _check_heads({name: tuple(params[name]["weight"].shape) for name in axes}, heads, kv_heads)
             shard_slice(group, heads, f"{heads} heads")
@@ -104,12 +108,14 @@ class Attention:
         self.features, self.kv_features = heads // group.size * self.d, self.kv_heads * self.d  # of q; of k, and of v
         self.shared_by = heads // kv_heads  # queries of a key
         self.rotary = rotary
+        self.causal = causal
         self.group = group
 
     def __repr__(self) -> str:
         kv_heads = self.kv_heads * self.group.size
         heads = {"heads": kv_heads * self.shared_by, "kv_heads": kv_heads if self.shared_by > 1 else None}
-        return summary("Attention", self.params, **heads, rotary=self.rotary, group=self.group)
+        causal = None if self.causal else False
+        return summary("Attention", self.params, **heads, rotary=self.rotary, causal=causal, group=self.group)
 
     def forward(self, x: Array) -> tuple[Any, Saved]:
         """Return y of the shape of x: (batch, length, width)."""
@@ -167,12 +173,13 @@ class Attention:
             start += features
 
     def _read(self, mask: Array, o: Array, p: Array, q: Array, k: Array, v: Array) -> None:
-        """Write o, and p up to the diagonal, of some sequences; q is divided by sqrt(d)."""
+        """Write o, and p where it is not 0, of some sequences; q is divided by sqrt(d)."""
         xp = array_module(q)
-        for some, seen in _spans(q.shape[-2]):
+        for some, seen in _spans(q.shape[-2], self.causal):
             s = q[..., some, :] @ transpose(k[..., seen, :])
-            n = some.stop - some.start
-            s[..., some] += mask[:n, :n]
+            if self.causal:
+                n = some.stop - some.start
+                s[..., some] += mask[:n, :n]
             s -= xp.max(s, axis=-1, keepdims=True)
             s = exp(s)
             s /= xp.sum(s, axis=-1, keepdims=True)
@@ -184,7 +191,7 @@ class Attention:
     ) -> None:
         """Write dq, dk and dv, the latter two from zero, of some sequences; q is divided by sqrt(d)."""
         xp = array_module(do)
-        for some, seen in _spans(q.shape[-2]):
+        for some, seen in _spans(q.shape[-2], self.causal):
             ds = do[..., some, :] @ transpose(v[..., seen, :])  # dp
             ds -= xp.sum(ds * p[..., some, seen], axis=-1, keepdims=True)
             ds *= p[..., some, seen]
@@ -208,11 +215,11 @@ class Attention:
         return xp.permute_dims(xp.reshape(x, (batch, length, self.kv_heads, each, self.d)), (0, 2, 3, 1, 4))
 
 
-def _spans(length: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of queries, and the keys that any of them may read: those up to its last."""
+def _spans(length: int, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of queries, and the keys that any of them may read: those up to its last, or all."""
     for start in range(0, length, QUERIES):
         stop = min(start + QUERIES, length)
-        yield slice(start, stop), slice(stop)
+        yield slice(start, stop), slice(stop if causal else length)
 
 
 def _triangle(x: Array) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The feed-forward sub-layer, plain and gated.
 
-Plain, Ashish Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 2, with GELU for the ReLU:
+Plain, Ashish Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762, equation 2. The
+activation there is ReLU; here it is GELU unless another is given:
 
-    y = down(gelu(up(x)))
+    y = down(activation(up(x)))
 
 Gated, Noam Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202, equation 6:
 
@@ -16,12 +17,12 @@ Megatron-LM); the use of the replicated x by every rank costs nothing forward, a
 from typing import Any, NamedTuple
 
 from npnorm.arrays import Array
-from npnorm.checks import check_input, check_saved
+from npnorm.checks import check_input, check_saved, require_same_settings
 from npnorm.group import SOLO, Group, errors_on_all_ranks, shard_slice
 from npnorm.layers.activations import GELU, silu, silu_backward
 from npnorm.layers.inplace import add_into, elementwise
 from npnorm.layers.linear import COLUMN, ROW, Linear
-from npnorm.tree import Tree, check_names, hand_down, show_shapes, summary, take_shards
+from npnorm.tree import Layer, Tree, check_names, hand_down, show_shapes, summary, take_shards
 
 
 @show_shapes
@@ -29,36 +30,39 @@ class SavedMLP(NamedTuple):
     """What backward needs of forward."""
 
     up: Any
-    gelu: Any
+    activation: Any
     down: Any
 
 
 class MLP:
-    """Two linear layers with a GELU between them: y = down(gelu(up(x))).
+    """Two linear layers with an activation between them: y = down(activation(up(x))).
 
     Parameters
     ----------
     params : {"up_proj": {"weight": (hidden, width), "bias": (hidden,)}, "down_proj": {"weight": (width, hidden), ...}}
         Whole arrays; biases may be left out. A rank keeps copies of its shards.
+    activation : Layer or None
+        A layer of each element, without parameters, such as ReLU(); None: GELU().
     group : Group
         The ranks over which the hidden features are split equally.
     """
 
-    def __init__(self, params: Tree, *, group: Group = SOLO) -> None:
+    def __init__(self, params: Tree, *, activation: Layer | None = None, group: Group = SOLO) -> None:
         axes = {"up_proj": COLUMN, "down_proj": ROW}
+        self.activation = GELU() if activation is None else activation
         with errors_on_all_ranks(group):
+            require_same_settings("MLP", group, activation=type(self.activation).__name__)
             check_names("MLP", params, axes)
             hidden = params["up_proj"]["weight"].shape[0]
             shard_slice(group, hidden, f"{hidden} hidden features")
             self.params, self.shards = take_shards("MLP", params, axes, group)
         self.up = Linear(**self.params["up_proj"])
-        self.gelu = GELU()
         self.down = Linear(**self.params["down_proj"], group=group)
         self.linears = {"up_proj": self.up, "down_proj": self.down}
         self.group = group
 
     def __repr__(self) -> str:
-        return summary("MLP", self.params, group=self.group)
+        return summary("MLP", self.params, activation=self.activation, group=self.group)
 
     def forward(self, x: Array) -> tuple[Any, SavedMLP]:
         """Return y of the shape of x: (..., width)."""
@@ -66,16 +70,16 @@ class MLP:
         with errors_on_all_ranks(self.group):
             check_input("MLP", x, self.params, self.up.params["weight"].shape[1])
         h, up = self.up.forward(x)
-        a, gelu = self.gelu.forward(h)
+        a, activation = self.activation.forward(h)
         y, down = self.down.forward(a)
-        return y, SavedMLP(up, gelu, down)
+        return y, SavedMLP(up, activation, down)
 
     def backward(self, dy: Array, saved: SavedMLP) -> tuple[Any, Tree]:
         """Return dx, and the gradients of this rank's shards."""
         hand_down(self.params, self.linears)
         check_saved("MLP", saved, SavedMLP)
         da, down = self.down.backward(dy, saved.down)
-        dh, _ = self.gelu.backward(da, saved.gelu)
+        dh, _ = self.activation.backward(da, saved.activation)
         dx, up = self.up.backward(dh, saved.up)
         return self.group.sum(dx, label="MLP.backward"), {"up_proj": up, "down_proj": down}
 

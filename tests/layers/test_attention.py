@@ -11,6 +11,7 @@ from npnorm.tree import leaves, map_tree
 from tests.check import check_backward, check_finite_differences, close, same_bits
 
 HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 3), (6, 2), (3, 1)])
+CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "without a mask"])
 ROTARY = pytest.mark.parametrize("rotary", [None, Rotary()], ids=["no positions", "rotary"])
 
 
@@ -54,24 +55,41 @@ def test_without_scores_each_position_reads_the_mean_of_those_before():
     close(y, 2 * np.cumsum(x, axis=1) / np.arange(1, 7)[:, None], 1e-15)
 
 
+def test_two_positions_without_a_mask_worked_by_hand():
+    # x = (0, a), a^2 = log 3: the first position scores 0 and 0, and reads with 1/2 and 1/2; the second as above
+    a = math.sqrt(math.log(3))
+    layer = Attention(one_feature(1, 1, 1, 4), heads=1, causal=False)
+    y, saved = layer.forward(np.array([[[0.0], [a]]]))
+    close(y, [[[2 * a], [3 * a]]], 1e-15)
+    close(saved.p, [[[[[1 / 2, 1 / 2], [1 / 4, 3 / 4]]]]], 1e-15)
+    # by wv: y1 and y2; by wo: a quarter of that; by x1: y1 = 4 (x1 + p1 (x2 - x1)), p1 = sigmoid(x1 x2 - x1^2)
+    dx, grads = layer.backward(np.array([[[5.0], [0.0]]]), saved)
+    close(dx, [[[20 * (1 / 2 + a * a / 4)], [20 * (1 / 2)]]], 1e-14)
+    close(grads["v_proj"]["weight"], [[5 * 2 * a]], 1e-14)
+    close(grads["o_proj"]["weight"], [[5 * 2 * a / 4]], 1e-14)
+
+
 @HEADS
 @ROTARY
+@CAUSAL
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_backward_is_the_derivative(heads, kv_heads, rotary, bias):
+def test_backward_is_the_derivative(heads, kv_heads, rotary, causal, bias):
     rng = np.random.default_rng(2)
-    params = draw(rng, 7, heads, kv_heads, 4, bias)
-    check_backward(lambda p: Attention(p, heads, kv_heads, rotary), params, rng.standard_normal((3, 5, 7)), rng)
+    params, x = draw(rng, 7, heads, kv_heads, 4, bias), rng.standard_normal((3, 5, 7))
+    check_backward(lambda p: Attention(p, heads, kv_heads, rotary, causal=causal), params, x, rng)
 
 
 @ROTARY
-def test_backward_agrees_with_finite_differences(rotary):
+@CAUSAL
+def test_backward_agrees_with_finite_differences(rotary, causal):
     rng = np.random.default_rng(3)
-    params = draw(rng, 3, 2, 1, 2, bias=True)
-    check_finite_differences(lambda p: Attention(p, 2, 1, rotary), params, rng.standard_normal((2, 4, 3)), rng)
+    params, x = draw(rng, 3, 2, 1, 2, bias=True), rng.standard_normal((2, 4, 3))
+    check_finite_differences(lambda p: Attention(p, 2, 1, rotary, causal=causal), params, x, rng)
 
 
 @HEADS
-def test_torch_gives_the_same(heads, kv_heads):
+@CAUSAL
+def test_torch_gives_the_same(heads, kv_heads, causal):
     rng = np.random.default_rng(4)
     x, dy, params = (
         rng.standard_normal((3, 5, 7)),
@@ -85,10 +103,10 @@ def test_torch_gives_the_same(heads, kv_heads):
         return torch.nn.functional.linear(x, **tensors[name])
 
     q, k, v = (project(name, tensor).unflatten(-1, (-1, 4)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
-    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     expected = project("o_proj", o.transpose(1, 2).flatten(-2))
     expected.backward(torch.tensor(dy))
-    layer = Attention(params, heads, kv_heads)
+    layer = Attention(params, heads, kv_heads, causal=causal)
     y, saved = layer.forward(x)
     dx, grads = layer.backward(dy, saved)
     close(y, expected.detach())
@@ -120,6 +138,17 @@ def test_the_gradient_of_an_early_position_does_not_reach_a_later_one():
     dx, _ = layer.backward(dy, layer.forward(rng.standard_normal((2, 9, 7)))[1])
     np.testing.assert_array_equal(dx[:, 5:], 0)
     assert np.all(np.any(dx[:, :5] != 0, axis=-1))
+
+
+@pytest.mark.parametrize("length", [5, QUERIES + 3])
+def test_without_positions_and_mask_permuted_positions_give_permuted_results(length):
+    rng = np.random.default_rng(24)
+    layer, order = Attention(draw(rng, 7, 6, 2, 4), 6, 2, causal=False), rng.permutation(length)
+    x, dy = rng.standard_normal((2, length, 7)), rng.standard_normal((2, length, 7))
+    y, saved = layer.forward(x)
+    y_permuted, saved_permuted = layer.forward(x[:, order])
+    close(y_permuted, y[:, order], 1e-13)
+    close(layer.backward(dy[:, order], saved_permuted)[0], layer.backward(dy, saved)[0][:, order], 1e-13)
 
 
 def test_sequences_of_a_batch_do_not_see_each_other():
@@ -234,7 +263,7 @@ def plain(layer, x):
         q, k = layer.rotary.forward(q)[0], layer.rotary.forward(k)[0]
     k, v = (np.repeat(a, layer.shared_by, axis=1) for a in (k, v))
     s = q @ k.swapaxes(-1, -2) / math.sqrt(layer.d)
-    p = np.exp(s + np.triu(np.full(s.shape[-2:], -np.inf), 1))
+    p = np.exp(s + np.triu(np.full(s.shape[-2:], -np.inf), 1) if layer.causal else s)
     o = p / p.sum(axis=-1, keepdims=True) @ v
     return o.swapaxes(1, 2).reshape(*x.shape[:2], -1) @ layer.params["o_proj"]["weight"].T
 
@@ -242,19 +271,21 @@ def plain(layer, x):
 @ROTARY
 @pytest.mark.parametrize("length", [QUERIES - 1, QUERIES, QUERIES + 1, 2 * QUERIES + 3])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_queries_in_blocks_give_what_whole_matrices_give(rotary, length, kv_heads):
+@CAUSAL
+def test_queries_in_blocks_give_what_whole_matrices_give(rotary, length, kv_heads, causal):
     rng = np.random.default_rng(18)
-    layer = Attention(draw(rng, 7, 4, kv_heads, 4), 4, kv_heads, rotary)
+    layer = Attention(draw(rng, 7, 4, kv_heads, 4), 4, kv_heads, rotary, causal=causal)
     x = rng.standard_normal((2, length, 7))
     y, saved = layer.forward(x)
     close(y, plain(layer, x), 1e-13)
-    assert not np.any(np.triu(saved.p, 1))
+    assert np.any(np.triu(saved.p, 1)) != causal
 
 
-def test_backward_of_several_blocks_of_queries_is_the_derivative():
+@CAUSAL
+def test_backward_of_several_blocks_of_queries_is_the_derivative(causal):
     rng = np.random.default_rng(19)
     params, x = draw(rng, 5, 4, 2, 2, bias=True), rng.standard_normal((2, 2 * QUERIES + 3, 5))
-    check_backward(lambda p: Attention(p, 4, 2, Rotary()), params, x, rng)
+    check_backward(lambda p: Attention(p, 4, 2, Rotary(), causal=causal), params, x, rng)
 
 
 @ROTARY

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from npnorm.layers import MLP, SwiGLU
+from npnorm.layers import MLP, ReLU, SiLU, SwiGLU
 from npnorm.tree import leaves, map_tree
 from tests.check import check_backward, check_finite_differences, close, same_bits
 
@@ -51,6 +51,35 @@ def test_a_feature_at_the_origin_of_gelu_worked_by_hand():
     np.testing.assert_array_equal(grads["up_proj"]["bias"], [10])
     np.testing.assert_array_equal(grads["down_proj"]["weight"], [[0]])
     np.testing.assert_array_equal(grads["down_proj"]["bias"], [4])
+
+
+def test_features_on_both_sides_of_the_kink_of_relu_worked_by_hand():
+    # up = (2 x, -3 x) = (4, -6) at x = 2: relu leaves (4, 0), y = 5 4 + 7 0, dx = dy 5 2
+    up, down = {"weight": np.array([[2.0], [-3.0]])}, {"weight": np.array([[5.0, 7.0]])}
+    layer = MLP({"up_proj": up, "down_proj": down}, activation=ReLU())
+    y, saved = layer.forward(np.array([[2.0]]))
+    np.testing.assert_array_equal(y, [[20]])
+    dx, grads = layer.backward(np.array([[3.0]]), saved)
+    np.testing.assert_array_equal(dx, [[30]])
+    np.testing.assert_array_equal(grads["up_proj"]["weight"], [[30], [0]])
+    np.testing.assert_array_equal(grads["down_proj"]["weight"], [[12, 0]])
+
+
+@pytest.mark.parametrize(
+    ("activation", "theirs"), [(ReLU(), torch.relu), (SiLU(), torch.nn.functional.silu)], ids=["ReLU", "SiLU"]
+)
+def test_another_activation_is_the_derivative_and_torch_gives_the_same(activation, theirs):
+    rng = np.random.default_rng(8)
+    x, dy, params = rng.standard_normal((2, 3, 5)), rng.standard_normal((2, 3, 5)), draw(rng, MLP, 5, 7)
+    check_backward(lambda p: MLP(p, activation=activation), params, x, rng)
+    tensor = torch.tensor(x, requires_grad=True)
+    up, down = (map_tree(torch.tensor, params[name]) for name in NAMES[MLP])
+    expected = torch.nn.functional.linear(theirs(torch.nn.functional.linear(tensor, **up)), **down)
+    expected.backward(torch.tensor(dy))
+    layer = MLP(params, activation=activation)
+    y, saved = layer.forward(x)
+    close(y, expected.detach())
+    close(layer.backward(dy, saved)[0], tensor.grad)
 
 
 @BOTH

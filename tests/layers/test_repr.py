@@ -3,31 +3,58 @@
 import numpy as np
 import pytest
 
-from npnorm import SOLO
-from npnorm.blocks import Chain, PostNorm, PreNorm
-from npnorm.layers import GELU, MLP, Attention, CrossEntropy, Embedding, Linear, Positions, Rotary, SiLU, SwiGLU
+from npnorm import SOLO, RMSNorm
+from npnorm.blocks import Chain, DeepNorm, PostNorm, PreNorm, Residual, ResPostNorm, SandwichNorm
+from npnorm.layers import (
+    GELU,
+    GRU,
+    MLP,
+    Attention,
+    CrossEntropy,
+    Embedding,
+    GRUCell,
+    Linear,
+    Positions,
+    ReLU,
+    Rotary,
+    SiLU,
+    SwiGLU,
+)
 from npnorm.tree import summary
 
 ONES = {name: {"weight": np.ones((2, 2), "float32")} for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 UP, DOWN = {"weight": np.ones((6, 4))}, {"weight": np.ones((4, 6)), "bias": np.ones(4)}
+RECURRENT = {"weight_ih": np.ones((6, 5)), "weight_hh": np.ones((6, 2))}
 LINEAR = Linear(np.ones((4, 5), "float32"), np.ones(4, "float32"))
 
 LINES = {
     "Linear(weight=(4, 5) float32, bias=(4,) float32)": LINEAR,
     "Embedding(weight=(9, 4) float64)": Embedding(np.ones((9, 4))),
     "Positions(weight=(9, 4) float64)": Positions(np.ones((9, 4))),
-    "MLP(up_proj.weight=(6, 4) float64, down_proj.weight=(4, 6) float64, down_proj.bias=(4,) float64)": MLP(
-        {"up_proj": UP, "down_proj": DOWN}
-    ),
+    "MLP(up_proj.weight=(6, 4) float64, down_proj.weight=(4, 6) float64, down_proj.bias=(4,) float64, "
+    "activation=GELU())": MLP({"up_proj": UP, "down_proj": DOWN}),
     "SwiGLU(gate_proj.weight=(6, 4) float64, up_proj.weight=(6, 4) float64, down_proj.weight=(4, 6) float64, "
     "down_proj.bias=(4,) float64)": SwiGLU({"gate_proj": UP, "up_proj": UP, "down_proj": DOWN}),
     "Attention(q_proj.weight=(2, 2) float32, k_proj.weight=(2, 2) float32, v_proj.weight=(2, 2) float32, "
     "o_proj.weight=(2, 2) float32, heads=1, rotary=Rotary(base=500.0))": Attention(ONES, 1, None, Rotary(500.0)),
+    "Attention(q_proj.weight=(2, 2) float32, k_proj.weight=(2, 2) float32, v_proj.weight=(2, 2) float32, "
+    "o_proj.weight=(2, 2) float32, heads=1, causal=False)": Attention(ONES, 1, causal=False),
+    "GRU(weight_ih=(6, 5) float64, weight_hh=(6, 2) float64, hh_gates=RMSNorm(weight=(4,) float32, eps=1e-06))": GRU(
+        RECURRENT, {"hh_gates": RMSNorm.init(4)}
+    ),
+    "GRUCell(weight_ih=(6, 5) float64, weight_hh=(6, 2) float64)": GRUCell(RECURRENT),
+    "ReLU()": ReLU(),
     "GELU()": GELU(),
     "SiLU()": SiLU(),
     "CrossEntropy()": CrossEntropy(),
     "PreNorm(norm=GELU(), sublayer=SiLU())": PreNorm(GELU(), SiLU()),
     "PostNorm(norm=GELU(), sublayer=SiLU())": PostNorm(GELU(), SiLU()),
+    "Residual(sublayer=SiLU())": Residual(SiLU()),
+    "ResPostNorm(norm=GELU(), sublayer=SiLU())": ResPostNorm(GELU(), SiLU()),
+    "SandwichNorm(norm1=GELU(), norm2=Rotary(base=500.0), sublayer=SiLU())": SandwichNorm(
+        GELU(), Rotary(500.0), SiLU()
+    ),
+    "DeepNorm(norm=GELU(), sublayer=SiLU(), alpha=2.0)": DeepNorm(GELU(), SiLU(), alpha=2),
     "Chain(one=GELU(), two=Linear(weight=(4, 5) float32, bias=(4,) float32))": Chain({"one": GELU(), "two": LINEAR}),
     "Solo()": SOLO,
 }

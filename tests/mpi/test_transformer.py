@@ -2,9 +2,10 @@ import array_api_strict as strict
 import numpy as np
 import pytest
 
+from npnorm import PartialRMSNorm
 from npnorm.arrays import to_numpy
 from npnorm.config import Config, init
-from npnorm.layers import MLP, CrossEntropy, Embedding, Linear
+from npnorm.layers import MLP, CrossEntropy, Embedding, Linear, SiLU
 from npnorm.mpi import RankError, Ranks
 from npnorm.training import AdamW, Recipe, clip, evaluate, generate, global_norm, train
 from npnorm.transformer import Transformer
@@ -73,6 +74,56 @@ def test_grouped_queries_are_the_slices_of_serial(comm):
     _, my_loss, my_grads = loss_and_grads(model, ids, targets)
     np.testing.assert_allclose(my_loss, loss, rtol=1e-12)
     assert_slices(my_grads, grads, model.shards, group)
+
+
+@pytest.mark.mpi(ranks=2)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"placement": "none", "positions": "none"},
+        {"placement": "res-post", "causal": False},
+        {"placement": "sandwich", "mlp": "gelu"},
+        {"placement": "deep", "mlp": "relu"},
+    ],
+    ids=str,
+)
+def test_each_placement_is_the_slices_of_serial(comm, settings):
+    config, group = Config.modern(24, **(SIZES | {"depth": 1} | settings)), Ranks(comm)
+    params, ids, targets = problem(config)
+    logits, loss, grads = loss_and_grads(Transformer(config, params), ids, targets)
+    model = Transformer(config, params, group=group)
+    my_logits, my_loss, my_grads = loss_and_grads(model, ids, targets)
+    np.testing.assert_allclose(my_logits, group.shard(logits, -1), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(my_loss, loss, rtol=1e-12)
+    assert_slices(my_grads, grads, model.shards, group)
+
+
+@pytest.mark.mpi(ranks=2)
+def test_norms_made_by_a_function_are_replicated(comm):
+    config, group = Config.modern(24, **SIZES), Ranks(comm)
+    params, ids, targets = problem(config)
+
+    def norm(params):
+        return PartialRMSNorm(**params, p=0.25)
+
+    _, loss, grads = loss_and_grads(Transformer(config, params, norm=norm), ids, targets)
+    model = Transformer(config, params, group=group, norm=norm)
+    _, my_loss, my_grads = loss_and_grads(model, ids, targets)
+    np.testing.assert_allclose(my_loss, loss, rtol=1e-12)
+    assert_slices(my_grads, grads, model.shards, group)
+
+
+@pytest.mark.mpi(ranks=2)
+def test_a_norm_that_one_rank_cannot_make_is_an_error_on_both(comm):
+    config = Config.modern(24, **SIZES)
+    with pytest.raises(RankError, match=r"rank 1: ValueError: PartialRMSNorm"):
+        Transformer(
+            config,
+            problem(config)[0],
+            group=Ranks(comm),
+            norm=lambda params: PartialRMSNorm(**params, p=0.5 - comm.rank),
+        )
+    comm.Barrier()
 
 
 @pytest.mark.mpi(ranks=(2, 3))
@@ -203,6 +254,7 @@ MISFITS = {
     "bias": lambda group, rank: Linear(np.ones((2, 3)), None if rank else np.ones(2), group=group),
     "weights": lambda group, rank: MLP(MLP_PARAMS | {"up_proj": {"weight": np.ones((4, 2)) + rank}}, group=group),
     "dtype": lambda group, rank: MLP(MLP_PARAMS, group=group).forward(np.ones((3, 2), f"float{64 // (1 + rank)}")),
+    "activation": lambda group, rank: MLP(MLP_PARAMS, activation=SiLU() if rank else None, group=group),
     "names": lambda group, rank: MLP({"up_proj": MLP_PARAMS["up_proj"]} if rank else MLP_PARAMS, group=group),
 }
 
