@@ -1,10 +1,12 @@
 """The checkers can fail: each fault is easily made, several were in published code, and each turns the checkers red."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from npnorm import Config, LayerNorm, RMSNorm, Transformer
-from npnorm.blocks import PostNorm, PreNorm
+from npnorm.blocks import DeepNorm, PostNorm, PreNorm, ResPostNorm
 from npnorm.config import init
 from npnorm.layers import GELU, MLP, Attention, CrossEntropy, Embedding, Linear, Rotary
 from npnorm.tree import map_tree
@@ -125,6 +127,19 @@ class ForgetsResidualPre(PreNorm):
     def backward(self, dy, saved):
         dx, grads = super().backward(dy, saved)
         return dx - dy, grads
+
+
+class ForgetsResidualResPost(ResPostNorm):
+    def backward(self, dy, saved):
+        dx, grads = super().backward(dy, saved)
+        return dx - dy, grads
+
+
+class AlphaOnTheOtherBranch(DeepNorm):
+    def backward(self, dy, saved):
+        ds, norm = self.norm.backward(dy, saved.norm)
+        dx, sublayer = self.sublayer.backward(ds, saved.sublayer)
+        return ds + self.alpha * dx, {"norm": norm, "sublayer": sublayer}
 
 
 class ForgetsResidualPost(PostNorm):
@@ -290,8 +305,17 @@ def test_a_rotation_the_same_way_back_is_caught(check):
 
 
 @CHECKS
-@pytest.mark.parametrize(("place", "fault"), [(PreNorm, ForgetsResidualPre), (PostNorm, ForgetsResidualPost)])
-def test_a_forgotten_residual_is_caught(check, place, fault):
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [
+        (PreNorm, ForgetsResidualPre),
+        (PostNorm, ForgetsResidualPost),
+        (ResPostNorm, ForgetsResidualResPost),
+        (partial(DeepNorm, alpha=1.5), partial(AlphaOnTheOtherBranch, alpha=1.5)),
+    ],
+    ids=["pre", "post", "res-post", "deep"],
+)
+def test_a_forgotten_residual_or_a_misplaced_alpha_is_caught(check, place, fault):
     rng = np.random.default_rng(9)
     params = {"norm": draw(rng, weight=WIDTH), "sublayer": draw(rng, weight=(WIDTH, WIDTH))}
     x = rng.standard_normal((4, WIDTH))

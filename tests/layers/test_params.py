@@ -7,8 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
-from npnorm.blocks import Chain, PostNorm, PreNorm
-from npnorm.layers import GELU, MLP, Attention, CrossEntropy, Embedding, Linear, Positions, Rotary, SiLU, SwiGLU
+from npnorm import LayerNorm
+from npnorm.blocks import Chain, DeepNorm, PostNorm, PreNorm, Residual, ResPostNorm, SandwichNorm
+from npnorm.layers import GELU, GRU, MLP, Attention, CrossEntropy, Embedding, Linear, Positions, Rotary, SiLU, SwiGLU
 from npnorm.tree import leaves, map_tree
 from tests.check import same_bits
 
@@ -49,6 +50,36 @@ LAYERS = {  # how the layer is made of a tree, the shapes of the tree, and an in
     "PostNorm": (
         lambda p: PostNorm(Linear(**p["norm"]), Attention(p["sublayer"], 2, 1)),
         {"norm": linear(4, 4), "sublayer": attention(linear)},
+        X,
+    ),
+    "Residual": (lambda p: Residual(Linear(**p["sublayer"])), {"sublayer": linear(4, 4)}, X),
+    "ResPostNorm": (
+        lambda p: ResPostNorm(Linear(**p["norm"]), Linear(**p["sublayer"])),
+        {"norm": linear(4, 4), "sublayer": matrix(4, 4)},
+        X,
+    ),
+    "SandwichNorm": (
+        lambda p: SandwichNorm(*(Linear(**p[name]) for name in ("norm1", "norm2", "sublayer"))),
+        {"norm1": linear(4, 4), "norm2": matrix(4, 4), "sublayer": linear(4, 4)},
+        X,
+    ),
+    "DeepNorm": (
+        lambda p: DeepNorm(Linear(**p["norm"]), Linear(**p["sublayer"]), 1.5),
+        {"norm": linear(4, 4), "sublayer": matrix(4, 4)},
+        X,
+    ),
+    "GRU": (GRU, {"weight_ih": np.ones((6, 4)), "weight_hh": np.ones((6, 2)), "bias_ih": np.ones(6)}, X),
+    "GRU with norms": (
+        lambda p: GRU(
+            {name: p[name] for name in ("weight_ih", "weight_hh")},
+            {name: LayerNorm(**p[name]) for name in ("ih_gates", "hh_candidate")},
+        ),
+        {
+            "weight_ih": np.ones((6, 4)),
+            "weight_hh": np.ones((6, 2)),
+            "ih_gates": {"weight": np.ones(4), "bias": np.ones(4)},
+            "hh_candidate": {"weight": np.ones(2)},
+        },
         X,
     ),
     "Chain": (
