@@ -18,7 +18,7 @@ FILES = {
 ALL = pytest.mark.parametrize("name", FILES)
 
 FLOORS = [
-    {"cuda_casts"},
+    {"cuda_casts", "plotting"},
     {"arrays", "threads"},
     {"group"},
     {"tree"},

@@ -1,14 +1,13 @@
 """Bytes per second by size, for each norm, beside the copy of the same memory."""
 
-import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from npnorm import plotting
 from npnorm.bench.peers import COPIES
 from npnorm.bench.tables import derive
 
@@ -24,7 +23,7 @@ LOOK: dict[str, dict[str, Any]] = {
 """How a contender is drawn."""
 
 
-@mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "npnorm", "font.family": "DejaVu Sans"})
+@plotting.styled()
 def plot(frame: pd.DataFrame, path: Path) -> None:
     """Draw forward and backward together: a row for each heap and number of threads, a column for each norm.
 
@@ -56,14 +55,7 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
         handles.values(), handles.keys(), loc="outside lower center", ncols=1 + max(2, len(norms)), frameon=False
     )
     figure.suptitle("Forward and backward, float32: the least bytes that must move, by time", fontsize="medium")
-    if path.suffix != ".svg":
-        figure.savefig(path, dpi=120)
-        return
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
-    text = path.read_text(encoding="utf-8")
-    text = re.sub(r'([ "\n(-]\d+\.\d)\d+', r"\1", text)  # a tenth of a point is enough; labels stay as they are
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to a group
-    path.write_text(re.sub(r"\n +", "\n", text), encoding="utf-8")
+    plotting.save(figure, path)
 
 
 def _panel(ax: Any, cells: pd.DataFrame) -> None:
@@ -81,5 +73,4 @@ def _panel(ax: Any, cells: pd.DataFrame) -> None:
     ax.minorticks_off()
     ax.tick_params(left=False, bottom=False)
     ax.margins(x=0.1)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.3)
+    ax.grid(visible=False, axis="x")
