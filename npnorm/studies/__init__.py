@@ -1,6 +1,12 @@
-"""The experiments. Each is a module with a command, and writes a page of the documentation.
+"""The experiments: what is claimed about normalization, run and measured.
 
-    python -m npnorm.studies.accuracy --write docs/accuracy.md    npnorm and other libraries beside exact arithmetic
+    python -m npnorm.studies                       the list
+    python -m npnorm.studies vanishing --quick     one of them, in seconds
+    python -m npnorm.studies vanishing             in full: a table, a verdict on each claim, numbers and a picture
 
-Nothing in the rest of the package imports a study.
+`study.py` is what they share; each of the others is one study, and shows how the next is written. Nothing in the rest
+of the package imports a study.
 """
+
+STUDIES = ("vanishing", "accuracy")
+"""By the name of their file, in the order of reading."""

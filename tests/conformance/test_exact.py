@@ -9,7 +9,7 @@ from npnorm.conformance.exact import exact, exact_norm
 from npnorm.conformance.problems import pose
 from npnorm.conformance.textbook import NORMS
 from npnorm.conformance.ulps import DTYPES, unit
-from npnorm.studies.accuracy.peers import PEERS
+from npnorm.studies.accuracy_peers import PEERS
 from tests.check import close
 
 OF_NORMS = pytest.mark.parametrize("norm", NORMS)
@@ -36,7 +36,7 @@ def test_four_hundred_bits_are_enough(norm, name, monkeypatch):
 @OF_NORMS
 def test_torch_gives_the_exact_results_of_plain_rows_in_the_layout_of_the_norm(norm):
     problem = pose(norm, small("float64", "normal"))
-    came = PEERS["torch"]().results(problem)
+    came = PEERS["torch"].load()(problem)
     for name, right in exact(problem).items():
         close(came.pop(name), right.nearest)
         np.testing.assert_array_equal(right.nearest.shape, right.scale.shape)

@@ -1,4 +1,7 @@
-"""Who is measured. Each peer is a function that imports its library and returns a `Peer`."""
+"""Whose norms the study of accuracy measures: npnorm, the textbook, torch, and three libraries on JAX.
+
+Each is a function that imports its library and returns a function from a problem to what the library makes of it.
+"""
 
 import os
 from collections.abc import Callable
@@ -11,43 +14,37 @@ from npnorm import norms
 from npnorm.conformance.problems import Problem
 from npnorm.conformance.textbook import Textbook
 
-Results = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 """y and dx in the layout of x, dw and, where the norm has a bias, db; all in the dtype of x."""
+
+Solve = Callable[[Problem], Arrays]
+"""It raises what the library raises where that refuses a problem."""
 
 
 class Peer(NamedTuple):
-    """An implementation of norms: its name, what is used of it, its packages, and the results of a problem.
+    """An implementation of norms: what is used of it, its packages, and how it is loaded."""
 
-    `results` raises what the library raises where it refuses a problem.
-    """
-
-    name: str
     about: str
     packages: tuple[str, ...]
-    results: Callable[[Problem], Results]
+    load: Callable[[], Solve]
 
 
-def own() -> Peer:
+def own() -> Solve:
     """Return npnorm, as a user calls it."""
 
     def make(p: Problem) -> Any:
         settings = [p.weight] if p.bias is None else [p.weight, p.bias]
         return getattr(norms, p.norm)(*[p.groups] * (p.norm == "GroupNorm"), *settings, eps=p.eps)
 
-    return Peer("npnorm", "`npnorm.LayerNorm` and the others", ("numpy",), partial(_by_hand, make))
+    return partial(_by_hand, make)
 
 
-def naive() -> Peer:
+def naive() -> Solve:
     """Return the textbook."""
-
-    def make(p: Problem) -> Textbook:
-        return Textbook(p.norm, p.weight, p.bias, p.eps, p.groups)
-
-    about = "the formulas in NumPy, in the dtype of x; the mean is subtracted before squaring"
-    return Peer("naive", about, (), partial(_by_hand, make))
+    return partial(_by_hand, lambda p: Textbook(p.norm, p.weight, p.bias, p.eps, p.groups))
 
 
-def _by_hand(make: Callable[[Problem], Any], problem: Problem) -> Results:
+def _by_hand(make: Callable[[Problem], Any], problem: Problem) -> Arrays:
     layer = make(problem)
     y, saved = layer.forward(problem.x)
     dx, grads = layer.backward(problem.dy, saved)
@@ -55,7 +52,7 @@ def _by_hand(make: Callable[[Problem], Any], problem: Problem) -> Results:
     return {"y": y, "dx": dx} | {names[name]: grad for name, grad in grads.items()}
 
 
-def torch() -> Peer:
+def torch() -> Solve:
     """Return torch on the CPU: its functions, differentiated by its autograd."""
     import torch
 
@@ -79,7 +76,7 @@ def torch() -> Peer:
             return functional.group_norm(x, p.groups, w, b, p.eps)
         return functional.batch_norm(x, None, None, w, b, training=True, eps=p.eps)
 
-    def results(p: Problem) -> Results:
+    def solve(p: Problem) -> Arrays:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -90,10 +87,10 @@ def torch() -> Peer:
             torch.set_num_threads(threads)
         return {name: array(t) for name, t in zip(("y", "dx", "dw", "db"), found, strict=False)}
 
-    return Peer("torch", "`torch.nn.functional`, eager, with autograd, on one thread", ("torch",), results)
+    return solve
 
 
-def flax() -> Peer:
+def flax() -> Solve:
     """Return flax.nnx with its default settings."""
     _jax()
     from flax import nnx
@@ -110,11 +107,10 @@ def flax() -> Peer:
             layer.bias = nnx.Param(bias)
         return layer(x)
 
-    about = "`flax.nnx`, jitted; its default, `use_fast_variance=True`, is var = mean(x²) - mean(x)²"
-    return Peer("flax", about, ("flax", "jax"), _by_jax(forward))
+    return _by_jax(forward)
 
 
-def keras() -> Peer:
+def keras() -> Solve:
     """Return keras on its JAX backend."""
     _jax()
     os.environ["KERAS_BACKEND"] = "jax"  # read once, when keras is first imported
@@ -129,11 +125,10 @@ def keras() -> Peer:
         y, _ = layer.stateless_call(params, running, x, **({"training": True} if norm == "BatchNorm" else {}))
         return y
 
-    about = "`keras.layers` on the JAX backend, jitted; it computes norms of float64 in float32 there"
-    return Peer("keras", about, ("keras", "jax"), _by_jax(forward))
+    return _by_jax(forward)
 
 
-def equinox() -> Peer:
+def equinox() -> Solve:
     """Return equinox, whose layers take one sample and are mapped over the batch."""
     jax = _jax()
     import equinox as eqx
@@ -158,8 +153,7 @@ def equinox() -> Peer:
             return jax.vmap(layer)(x.swapaxes(1, -1)).swapaxes(1, -1)
         return jax.vmap(layer)(x)
 
-    about = "`equinox.nn` (BatchNorm with `mode='batch'`), mapped over the batch by `jax.vmap`, jitted"
-    return Peer("equinox", about, ("equinox", "jax"), _by_jax(forward))
+    return _by_jax(forward)
 
 
 def _jax() -> Any:
@@ -171,7 +165,7 @@ def _jax() -> Any:
     return jax
 
 
-def _by_jax(forward: Callable) -> Callable[[Problem], Results]:
+def _by_jax(forward: Callable) -> Solve:
     """Return the function from a problem to its results: forward and backward as one program, compiled for the CPU.
 
     `forward(norm, eps, groups, x, weight, bias)` gives y; bias is None for RMSNorm. GroupNorm gets x with the channels
@@ -187,15 +181,34 @@ def _by_jax(forward: Callable) -> Callable[[Problem], Results]:
         y, pull_back = jax.vjp(layer, x, *params)
         return y, *pull_back(dy)
 
-    def results(p: Problem) -> Results:
+    def solve(p: Problem) -> Arrays:
         last = (lambda a: a.swapaxes(1, -1)) if p.norm == "GroupNorm" else (lambda a: a)
         params = [a for a in (p.weight, p.bias) if a is not None]
         came = program(p.norm, p.eps, p.groups, last(p.dy), last(p.x), *params)
         y, dx, *grads = (np.asarray(a) for a in came)
         return {"y": last(y), "dx": last(dx), **dict(zip(("dw", "db"), grads, strict=False))}
 
-    return results
+    return solve
 
 
-PEERS = {"npnorm": own, "naive": naive, "torch": torch, "flax": flax, "keras": keras, "equinox": equinox}
+PEERS = {
+    "npnorm": Peer("`npnorm.LayerNorm` and the others", (), own),
+    "naive": Peer("the formulas in NumPy, in the dtype of x; the mean is subtracted before squaring", (), naive),
+    "torch": Peer("`torch.nn.functional`, eager, with autograd, on one thread", ("torch",), torch),
+    "flax": Peer(
+        "`flax.nnx`, jitted; its default, `use_fast_variance=True`, is var = mean(x²) - mean(x)²",
+        ("flax", "jax"),
+        flax,
+    ),
+    "keras": Peer(
+        "`keras.layers` on the JAX backend, jitted; it computes norms of float64 in float32 there",
+        ("keras", "jax"),
+        keras,
+    ),
+    "equinox": Peer(
+        "`equinox.nn` (BatchNorm with `mode='batch'`), mapped over the batch by `jax.vmap`, jitted",
+        ("equinox", "jax"),
+        equinox,
+    ),
+}
 """By name."""
