@@ -11,6 +11,7 @@ from npnorm.compiled import device as compiled
 from npnorm.config import Config, init
 from npnorm.cuda_casts import CASTS
 from npnorm.group import SOLO
+from npnorm.layers import AvgPool2d, Conv2d, GlobalAvgPool2d, MaxPool2d
 from npnorm.training.adamw import AdamW
 from npnorm.training.gradients import loss_and_grads
 from npnorm.training.program import arguments, train_on_text
@@ -146,6 +147,36 @@ def test_a_recurrent_layer(cupy, norm, kind):
         y, saved = layer.forward(put(x), put(h0))
         (dx, dh0), grads = layer.backward(put(dy), saved)
         return {"y": y, "dx": dx, "dh0": dh0, "grads": grads}
+
+    for (name, a), (_, b) in zip(leaves(of(cupy.asarray)), leaves(of(np.asarray)), strict=True):
+        assert isinstance(a, cupy.ndarray), name
+        assert a.dtype == b.dtype, name
+        close(to_numpy(a), b, 1e-12 if kind == "float64" else 1e-5)
+
+
+LAYERS = {
+    "Conv2d": (partial(Conv2d, stride=2, padding=1), {"weight": (32, 24, 3, 3), "bias": (32,)}),
+    "Conv2d, 1 x 1": (Conv2d, {"weight": (32, 24, 1, 1)}),
+    "MaxPool2d": (partial(MaxPool2d, 3, 2, 1), {}),
+    "AvgPool2d": (partial(AvgPool2d, 3, 2), {}),
+    "GlobalAvgPool2d": (GlobalAvgPool2d, {}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_a_layer_of_images(cupy, name, kind):
+    rng = np.random.default_rng(4)
+    make, shapes = LAYERS[name]
+    params = {name: rng.standard_normal(shape).astype(kind) for name, shape in shapes.items()}
+    x = rng.standard_normal((6, 24, 17, 16)).astype(kind)
+    dy = rng.standard_normal(make(**params).forward(x)[0].shape).astype(kind)
+
+    def of(put):
+        layer = make(**map_tree(put, params))
+        y, saved = layer.forward(put(x))
+        dx, grads = layer.backward(put(dy), saved)
+        return {"y": y, "dx": dx, **grads}
 
     for (name, a), (_, b) in zip(leaves(of(cupy.asarray)), leaves(of(np.asarray)), strict=True):
         assert isinstance(a, cupy.ndarray), name

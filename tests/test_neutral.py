@@ -14,10 +14,14 @@ from npnorm.layers import (
     GRU,
     MLP,
     Attention,
+    AvgPool2d,
+    Conv2d,
     CrossEntropy,
     Embedding,
+    GlobalAvgPool2d,
     GRUCell,
     Linear,
+    MaxPool2d,
     Positions,
     ReLU,
     Rotary,
@@ -129,6 +133,25 @@ def test_a_layer_without_parameters(module, layer, dtype):
 
 
 @MODULES
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0), (3, 2)])
+@pytest.mark.parametrize("images", [0, 2])
+def test_convolution(module, stride, padding, images):
+    rng = np.random.default_rng(12)
+    params, x = draw(rng, weight=(4, 3, 2, 3), bias=4), rng.standard_normal((images, 3, 6, 5))
+    compare(module, lambda p, _: Conv2d(**p, stride=stride, padding=padding), params, x, rng)
+
+
+@MODULES
+@pytest.mark.parametrize("layer", [MaxPool2d(2), MaxPool2d(3, 2, 1), AvgPool2d(3, 2), GlobalAvgPool2d()], ids=repr)
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_pooling(module, layer, images, dtype):
+    rng = np.random.default_rng(13)
+    x = rng.standard_normal((images, 3, 6, 5)).astype(dtype)
+    compare(module, lambda p, _: layer, {}, x, rng, 1e-12 if dtype == "float64" else 1e-6)
+
+
+@MODULES
 @pytest.mark.parametrize("rotary", [None, Rotary()], ids=["no positions", "rotary"])
 def test_attention(module, rotary):
     rng = np.random.default_rng(6)
@@ -201,6 +224,7 @@ def test_arrays_of_two_modules_are_refused(module):
         ("RMSNorm", RMSNorm(table[0]), x),
         ("Linear", Linear(table), x),
         ("Embedding", Embedding(table), ids),
+        ("Conv2d", Conv2d(table[:, :, None, None]), x[:, :, None, None]),
     ):
         with pytest.raises(TypeError, match=rf"{name}: weight is an array of numpy, x one of .* same device first"):
             layer.forward(module.put(came))

@@ -9,7 +9,20 @@ import pytest
 
 from npnorm import LayerNorm
 from npnorm.blocks import Chain, DeepNorm, PostNorm, PreNorm, Residual, ResPostNorm, SandwichNorm
-from npnorm.layers import GELU, GRU, MLP, Attention, CrossEntropy, Embedding, Linear, Positions, Rotary, SiLU, SwiGLU
+from npnorm.layers import (
+    GELU,
+    GRU,
+    MLP,
+    Attention,
+    Conv2d,
+    CrossEntropy,
+    Embedding,
+    Linear,
+    Positions,
+    Rotary,
+    SiLU,
+    SwiGLU,
+)
 from npnorm.tree import leaves, map_tree
 from tests.check import same_bits
 
@@ -67,6 +80,11 @@ LAYERS = {  # how the layer is made of a tree, the shapes of the tree, and an in
         lambda p: DeepNorm(Linear(**p["norm"]), Linear(**p["sublayer"]), 1.5),
         {"norm": linear(4, 4), "sublayer": matrix(4, 4)},
         X,
+    ),
+    "Conv2d": (
+        lambda p: Conv2d(**p, stride=2, padding=1),
+        {"weight": np.ones((5, 2, 2, 1)), "bias": np.ones(5)},
+        X[None],
     ),
     "GRU": (GRU, {"weight_ih": np.ones((6, 4)), "weight_hh": np.ones((6, 2)), "bias_ih": np.ones(6)}, X),
     "GRU with norms": (

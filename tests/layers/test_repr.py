@@ -10,10 +10,14 @@ from npnorm.layers import (
     GRU,
     MLP,
     Attention,
+    AvgPool2d,
+    Conv2d,
     CrossEntropy,
     Embedding,
+    GlobalAvgPool2d,
     GRUCell,
     Linear,
+    MaxPool2d,
     Positions,
     ReLU,
     Rotary,
@@ -43,6 +47,12 @@ LINES = {
         RECURRENT, {"hh_gates": RMSNorm.init(4)}
     ),
     "GRUCell(weight_ih=(6, 5) float64, weight_hh=(6, 2) float64)": GRUCell(RECURRENT),
+    "Conv2d(weight=(8, 3, 5, 5) float32, bias=(8,) float64, stride=2, padding=0)": Conv2d(
+        np.ones((8, 3, 5, 5), "float32"), np.ones(8), stride=2
+    ),
+    "MaxPool2d(size=3, stride=2, padding=1)": MaxPool2d(3, 2, 1),
+    "AvgPool2d(size=3, stride=3)": AvgPool2d(3),
+    "GlobalAvgPool2d()": GlobalAvgPool2d(),
     "ReLU()": ReLU(),
     "GELU()": GELU(),
     "SiLU()": SiLU(),

@@ -1,7 +1,20 @@
 import numpy as np
 import pytest
 
-from npnorm.layers import GRU, MLP, Attention, CrossEntropy, Embedding, GRUCell, Linear, SwiGLU
+from npnorm.layers import (
+    GRU,
+    MLP,
+    Attention,
+    AvgPool2d,
+    Conv2d,
+    CrossEntropy,
+    Embedding,
+    GlobalAvgPool2d,
+    GRUCell,
+    Linear,
+    MaxPool2d,
+    SwiGLU,
+)
 
 W = {"weight": np.ones((2, 2))}
 RECURRENT = {"weight_ih": np.ones((6, 2)), "weight_hh": np.ones((6, 2))}
@@ -12,6 +25,10 @@ LAYERS = [
     Attention({"q_proj": W, "k_proj": W, "v_proj": W, "o_proj": W}, heads=1),
     GRU(RECURRENT),
     GRUCell(RECURRENT),
+    Conv2d(np.ones((2, 2, 1, 1))),
+    MaxPool2d(2),
+    AvgPool2d(2),
+    GlobalAvgPool2d(),
     Embedding(**W),
     CrossEntropy(),
 ]
