@@ -144,7 +144,7 @@ class PartialRMSNorm(norm.FeatureNorm[Saved]):
             checks.check_generator("PartialRMSNorm", rng, self.group)
             chosen = np.sort(rng.choice(n, k, replace=False))
             self.group.require_same(f"PartialRMSNorm with the subset {chosen.tolist()}")
-        return self.group.shard(np.isin(np.arange(n), chosen), 0)
+        return self.group.shard(np.bincount(chosen, minlength=n) > 0, 0)
 
     def _shown(self) -> dict[str, Any]:
         return {"p": self.p, **super()._shown()}
