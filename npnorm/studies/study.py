@@ -290,6 +290,8 @@ def refreshed(text: str, study: Study, results: Results) -> str:
 
 
 def _markdown(rows: list[dict[str, str]]) -> str:
+    """Return a table; a stroke within a cell, as in |x|, would end the cell."""
+    rows = [{name: text.replace("|", "\\|") for name, text in row.items()} for row in rows]
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 

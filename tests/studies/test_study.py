@@ -247,3 +247,9 @@ def test_the_marked_parts_of_a_page_are_made_anew():
     assert refreshed(text, study_of(parts=lambda results: {"own": "A part."}), results) == text
     with pytest.raises(ValueError, match="the page has a part <!-- none -->; there are verdicts, table, machine"):
         refreshed("<!-- none -->\n<!-- end -->", study_of(), results)
+
+
+def test_strokes_in_a_cell_do_not_end_it():
+    results = Results({}, {}, [{"x": 1, "seed": 0, "value": 1.0}])
+    study = study_of(table=lambda results: [{"largest": "|x| / rms"}])
+    assert r"\|x\| / rms" in refreshed("<!-- table -->\n<!-- end -->", study, results)
