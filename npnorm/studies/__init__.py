@@ -8,5 +8,15 @@
 of the package imports a study.
 """
 
-STUDIES = ("vanishing", "norm_comparison", "pre_vs_post", "invariance", "partial", "accuracy", "half_precision")
+STUDIES = (
+    "vanishing",
+    "norm_comparison",
+    "outliers",
+    "invariance",
+    "partial",
+    "recurrent",
+    "convolutional",
+    "accuracy",
+    "half_precision",
+)
 """By the name of their file, in the order of reading."""

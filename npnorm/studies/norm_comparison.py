@@ -222,8 +222,8 @@ def draw(results: Results, figure: Figure) -> None:
     for name in CONFIGURATIONS:
         right.plot(results.settings["lrs"], held_out(results, name).mean(axis=1), **LOOK[name])
     (no_context,) = results.distinct("no context")
-    reference(right, no_context, "needs no context", left=True)
-    reference(right, no_context - small.MARGIN, "a model that trains ends below", left=True)
+    reference(right, no_context, "no context", left=True)
+    reference(right, no_context - small.MARGIN, "trains below", left=True)
     right.set(title="repaired: text", xlabel="learning rate", xscale="log", xlim=(2e-5, 0.15))
     right.set_ylabel("held-out loss (nats for each character)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
