@@ -11,12 +11,16 @@ of the package imports a study.
 STUDIES = (
     "vanishing",
     "norm_comparison",
-    "outliers",
+    "pre_vs_post",
     "invariance",
     "partial",
+    "outliers",
     "recurrent",
     "convolutional",
+    "batch_size",
+    "speed",
     "accuracy",
     "half_precision",
+    "communication",
 )
 """By the name of their file, in the order of reading."""

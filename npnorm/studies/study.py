@@ -357,8 +357,8 @@ def _differences(file: dict[str, Any], head: dict[str, Any]) -> Iterator[tuple[s
     for part in ("study", "settings"):
         if file.get(part) != head[part]:
             yield part, file.get(part)
-    for name, text in head["machine"].items():
-        if name != "date" and file["machine"].get(name) != text:
+    for name in ("processor", "versions"):  # thread pools are seen only once they are loaded
+        if file["machine"].get(name) != head["machine"][name]:
             yield name, file["machine"].get(name)
 
 

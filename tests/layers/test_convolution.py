@@ -1,5 +1,6 @@
 import re
 
+import array_api_strict
 import numpy as np
 import pytest
 import torch
@@ -122,9 +123,10 @@ def test_any_number_of_threads_gives_the_same_bits():
     ],
     ids=["channels last", "Fortran", "every second", "backwards"],
 )
-def test_any_memory_layout_gives_the_same_bits(layout, padding):
+@pytest.mark.parametrize("shape", [(30, 3, 6, 7), (2, 3, 35, 34)], ids=["images in blocks", "an image in a block"])
+def test_any_memory_layout_gives_the_same_bits(layout, padding, shape):
     rng = np.random.default_rng(8)
-    params, x = parameters(rng, (3, 2)), rng.standard_normal((30, 3, 6, 7))
+    params, x = parameters(rng, (3, 2)), rng.standard_normal(shape)
     layer = Conv2d(**params, padding=padding)
     dy = rng.standard_normal(layer.forward(x)[0].shape)
     expected = run(layer, x, dy)
@@ -217,3 +219,10 @@ def test_a_gradient_of_another_shape_is_refused():
     _, saved = layer.forward(np.ones((2, 3, 5, 6)))
     with pytest.raises(ValueError, match=r"Conv2d\.backward takes dy of the shape of y, \(2, 4, 4, 5\); got \(2, 4\)"):
         layer.backward(np.ones((2, 4)), saved)
+
+
+def test_a_gradient_of_another_module_is_refused():
+    layer = Conv2d(np.ones((4, 3, 2, 2)))
+    y, saved = layer.forward(np.ones((2, 3, 5, 6)))
+    with pytest.raises(TypeError, match=r"Conv2d\.backward: dy is an array of array_api_strict, .* Bring both"):
+        layer.backward(array_api_strict.asarray(y), saved)
