@@ -116,13 +116,15 @@ def claims(results: Results) -> list[Claim]:
 
 def table(results: Results) -> list[dict[str, str]]:
     """Return a line for each norm: means over the seeds, and standard deviations."""
+    epochs, early = results.settings["epochs"], results.settings["early"]
     rows = []
     for norm in small.NORMS:
         (lr, some), ends = best(results, norm), errors(results, norm)[:, :, -1]
-        row = {"norm": norm, "best learning rate": f"{lr:g}"}
-        row |= {f"error after {after}, %": _spread(some[:, i]) for i, after in enumerate(results.settings["epochs"])}
+        row = {"norm": norm, "best lr": f"{lr:g}"}
+        row[f"error after {early}, %"] = _spread(some[:, epochs.index(early)])
+        row[f"after {epochs[-1]}, %"] = _spread(some[:, -1])
         row |= {f"with {lr:g}": _spread(end) for lr, end in zip(results.settings["lrs"], ends, strict=True)}
-        rows.append(row | {"CIFAR-10, published": f"{PUBLISHED[norm]}" if norm in PUBLISHED else ""})
+        rows.append(row | {"paper, CIFAR-10": f"{PUBLISHED[norm]}" if norm in PUBLISHED else ""})
     return rows
 
 

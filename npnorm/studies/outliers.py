@@ -308,7 +308,7 @@ def draw(results: Results, figure: Figure) -> None:
 
 STUDY = Study(
     shows="the size of the residual stream, its outliers and the norms' gains over training, by placement",
-    minutes=12,
+    minutes=15,
     full={
         "placements": list(NAMES),
         "width": 96,

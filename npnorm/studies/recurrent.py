@@ -330,7 +330,7 @@ def _draw_positions(results: Results, ax: Axes) -> None:
 
 STUDY = Study(
     shows="a GRU language model with and without norms, from four kinds of first weights",
-    minutes=10,
+    minutes=15,
     full={"dim": 128, "rows": 40, "length": 24, "steps": 150, "every": 10, "held out": 256, "lr": 0.01, "seeds": 5},
     quick={"dim": 32, "rows": 32, "length": 6, "steps": 12, "every": 4, "held out": 100, "lr": 0.03, "seeds": 2},
     cells=cells,
