@@ -84,6 +84,6 @@ def save(figure: Figure, path: Path) -> None:
         return
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     text = path.read_text(encoding="utf-8")
-    text = re.sub(r'([ "\n(-]\d+\.\d)\d+', r"\1", text)  # a tenth of a point is enough; labels stay as they are
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r'([ "\n(-]\d+\.\d)\d+', r"\1", tag[0]), text)  # a tenth of a point
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to a group
     path.write_text(re.sub(r"\n +", "\n", text), encoding="utf-8")

@@ -26,6 +26,7 @@ def study_of(measure=None, **changes):
 
     def curve(results, figure):
         ax = figure.subplots()
+        ax.set_title("0.0163 of 6.907")
         ax.plot(results.values("x", seed=0), results.values("value", seed=0), label="value of x")
         ax.legend()
 
@@ -232,6 +233,7 @@ def test_the_text_of_a_picture_stays_text_and_its_bytes_the_same(tmp_path):
     path = draw("name", study, results, tmp_path)
     first = path.read_bytes()
     assert b">value of x</text>" in first
+    assert b">0.0163 of 6.907</text>" in first  # places are rounded, numbers are not
     assert draw("name", study, results, tmp_path).read_bytes() == first
 
 
