@@ -37,7 +37,7 @@ def relu(x: Array) -> tuple[Array]:
 
 
 def relu_backward(dy: Array, x: Array) -> tuple[Array]:
-    """Return dx, element by element: by a product, since a choice takes the CPU ten times as long."""
+    """Return dx, element by element; by a product, since a choice takes a CPU up to ten times as long."""
     return (dy * array_module(dy).astype(~(x <= 0), dy.dtype),)
 
 

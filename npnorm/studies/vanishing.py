@@ -58,7 +58,7 @@ def theory(gain: float, width: int, depth: int) -> np.ndarray:
     Examples
     --------
     >>> theory(1.0, 512, 10).round(4)[[0, 1, 2, 10]]
-    array([1.    , 0.3373, 0.1391, 0.0163])
+    array([1.    , 0.3374, 0.1385, 0.0163])
     """
     m, found = 1.0, [1.0]
     for _ in range(depth):
