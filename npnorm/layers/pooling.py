@@ -105,7 +105,7 @@ class MaxPool2d:
         y[...] = reduce(xp.maximum, xs)  # of complex numbers, of the complex step, the real part decides
         before: Any = True
         for x_i in xs[:-1]:  # what is in none of these is in the last
-            before = before & (x_i != y)
+            before = before & (x_i != y) & (x_i == x_i)  # a NaN is the largest
             place += xp.astype(before, place.dtype)
 
     def _backward(self, dx: Array, dy: Array, place: Array) -> None:

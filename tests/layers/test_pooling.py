@@ -153,7 +153,12 @@ def test_a_nan_stays_in_its_windows(case):
     layer, theirs, shape = CASES[case]
     x = np.random.default_rng(8).standard_normal(shape)
     x[1, 2, 2, 3] = np.nan
-    np.testing.assert_array_equal(np.isnan(layer.forward(x)[0]), torch.isnan(theirs(torch.tensor(x))))
+    x_t = torch.tensor(x, requires_grad=True)
+    (y, saved), y_t = layer.forward(x), theirs(x_t)
+    np.testing.assert_array_equal(np.isnan(y), torch.isnan(y_t))
+    dy = np.random.default_rng(5).normal(size=y.shape)
+    y_t.backward(torch.tensor(dy))
+    close(layer.backward(dy, saved)[0], x_t.grad.numpy())  # the largest of its windows is the NaN
 
 
 @BOTH
