@@ -10,15 +10,14 @@ A study is one file, which defines `STUDY`, a `Study` of five functions:
 
 `run` measures the cells that a file does not have yet and writes the file after each one, so that a study that was
 stopped goes on where it was. A claim says between which bounds a quantity lies; its verdict follows from the numbers
-and their spread over the seeds, and is never written by hand.
+and their spread over the seeds, and is never written by hand. `record.py` is the file, `report.py` what is told of it.
 """
 
 import json
 import math
-import os
-import re
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -27,17 +26,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
-from tabulate import tabulate
 from tqdm import tqdm
 
 from npnorm import plotting
 from npnorm.conformance.machine import machine
+from npnorm.studies import record
 
 Cell = dict[str, Any]
 Settings = Mapping[str, Any]
-
-FORMAT = 1
-"""Of the JSON files; another number is another meaning of their parts."""
 
 CONFIDENCE = 0.95
 
@@ -64,6 +60,11 @@ class Study:
         Whose versions are written down, beside npnorm's and NumPy's.
     parts : callable
         More text for the page of the documentation: from the results to texts by name.
+
+    Raises
+    ------
+    ValueError
+        If settings have no "seeds".
     """
 
     shows: str
@@ -80,6 +81,12 @@ class Study:
     packages: Sequence[str] = ()
     parts: Callable[["Results"], dict[str, str]] = field(default=lambda results: {})
 
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        for name, settings in (("full", self.full), ("quick", self.quick)):
+            if "seeds" not in settings:
+                raise ValueError(f'Study: {name} needs "seeds", how many there are; it has {", ".join(settings)}')
+
 
 class Results(NamedTuple):
     """What was measured: a line for each cell, with what was varied and what came out."""
@@ -91,12 +98,20 @@ class Results(NamedTuple):
     def where(self, **fixed: Any) -> "Results":
         """Return the lines that have these values.
 
+        Raises
+        ------
+        KeyError
+            If no line has one of the names.
+
         Examples
         --------
         >>> Results({}, {}, [{"norm": "a", "loss": 1.0}, {"norm": "b", "loss": 2.0}]).where(norm="b").lines
         [{'norm': 'b', 'loss': 2.0}]
         """
-        some = [line for line in self.lines if all(line.get(name) == value for name, value in fixed.items())]
+        for name in fixed:
+            self._require(name)
+        plain = record.plain(fixed, record.ALL)
+        some = [line for line in self.lines if all(line.get(name) == value for name, value in plain.items())]
         return self._replace(lines=some)
 
     def values(self, name: str, **fixed: Any) -> np.ndarray:
@@ -105,7 +120,13 @@ class Results(NamedTuple):
 
     def distinct(self, name: str) -> list[Any]:
         """Return what there is under a name, each once, in the order of the cells."""
+        self._require(name)
         return list(dict.fromkeys(line[name] for line in self.lines if name in line))
+
+    def _require(self, name: str) -> None:
+        known = dict.fromkeys(name for line in self.lines for name in line)
+        if known and name not in known:
+            raise KeyError(f"no cell has {name!r}; there are {', '.join(known)}")
 
 
 class Verdict(StrEnum):
@@ -135,6 +156,11 @@ class Claim:
     exact : bool
         Whether the quantity has no spread, so that one value decides.
 
+    Raises
+    ------
+    ValueError
+        If there is no bound, or low is above high.
+
     Examples
     --------
     >>> claim = Claim("Half of it is lost.", "nobody", "share", [0.52, 0.49, 0.5], 0.4, 0.6)
@@ -151,6 +177,13 @@ class Claim:
     low: float = -math.inf
     high: float = math.inf
     exact: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if not self.low <= self.high or (math.isinf(self.low) and math.isinf(self.high)):
+            raise ValueError(
+                f"Claim {self.says!r}: it needs low, high or both, and low <= high; they are {self.low} and {self.high}"
+            )
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -173,78 +206,110 @@ class Claim:
 
     @property
     def measured(self) -> str:
-        """The mean, its interval and the number of seeds, in words."""
-        first, last = self.interval
+        """The mean, its interval and the number of seeds, in words; no interval where all seeds have the same."""
+        (first, last), values = self.interval, np.asarray(self.values, float)
         if self.exact:
-            return f"{first:.3g}" if first == last else f"{first:.3g} to {last:.3g}"
-        mean, count = np.mean(self.values) if len(self.values) else math.nan, len(self.values)
-        seeds = f"{count} seed{'s' * (count != 1)}"
-        return f"{mean:.3g} ({seeds})" if math.isinf(last) else f"{mean:.3g} (95 %: {first:.3g} to {last:.3g}; {seeds})"
+            return _short(first) if first == last else f"{_short(first)} to {_short(last)}"
+        seeds = f"{values.size} seed{'s' * (values.size != 1)}"
+        if values.size > 1 and np.ptp(values) == 0:
+            return f"{_short(values[0])} in each of {seeds}"
+        mean = float(values.mean()) if values.size else math.nan
+        if math.isinf(last):
+            return f"{_short(mean)} ({seeds})"
+        short = [_short(value, (last - first) / 2) for value in (mean, first, last)]
+        return f"{short[0]} (95 %: {short[1]} to {short[2]}; {seeds})"
 
     @property
     def bounds(self) -> str:
         """Where the claim holds, in words."""
+        if self.low == self.high:
+            return f"{self.low:g}"
         if math.isinf(self.high):
-            return f"at least {self.low:.3g}"
-        return f"at most {self.high:.3g}" if math.isinf(self.low) else f"{self.low:.3g} to {self.high:.3g}"
+            return f"at least {self.low:.4g}"
+        return f"at most {self.high:.4g}" if math.isinf(self.low) else f"{self.low:.4g} to {self.high:.4g}"
 
 
-def run(name: str, study: Study, settings: Settings, folder: Path, quiet: bool = False) -> Results:
+def _short(value: float, half: float = 0) -> str:
+    """Return a number with three digits, or as many as show two figures of half the width of its interval."""
+    digits = 3
+    if 0 < half < math.inf:
+        place = 1 - math.floor(math.log10(half))
+        value = round(value, place) + 0.0  # not -0
+        digits = min(7, max(3, place + 1 + math.floor(math.log10(abs(value))))) if value else 3
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.{digits}g}"
+
+
+def run(name: str, study: Study, settings: Settings, folder: Path | str, quiet: bool = False) -> Results:
     """Measure the cells that folder/name.json does not have yet, and return all of them.
 
     Raises
     ------
     ValueError
-        If the file is of other settings, other versions or another machine; nothing of it is lost.
+        If the folder cannot be made, or the file is of other settings, other versions or another machine, or is none
+        of a study; nothing of it is lost.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = _place(folder) / f"{name}.json"
     head = {
         "study": name,
-        "format": FORMAT,
-        "settings": _plain({key: value for key, value in settings.items() if key != "seeds"}),
+        "format": record.FORMAT,
+        "settings": record.plain({key: value for key, value in settings.items() if key != "seeds"}),
         "machine": machine(["numpy", *study.packages]),
     }
     entries: dict[str, str] = {}  # the JSON of each cell, by its key
     if path.exists():
-        file = _read(path)
-        _require_same(path, file, head)
+        file = record.read(path)
+        record.require_same(path, file, head)
         head["machine"] = file["machine"]
-        entries = {_key(entry["cell"]): _line(entry) for entry in file["cells"]}
-    wanted = study.cells(settings)
-    todo = [cell for cell in wanted if _key(cell) not in entries]
-    with tqdm(todo, initial=len(wanted) - len(todo), total=len(wanted), unit="cell", disable=quiet or None) as bar:
+        entries = {record.key(entry["cell"]): record.line(entry) for entry in file["cells"]}
+    wanted = {record.key(cell): cell for cell in study.cells(settings)}
+    todo = [cell for key, cell in wanted.items() if key not in entries]
+    pause = 0.1 if sys.stderr.isatty() else 60  # seconds between two lines of progress
+    done = len(wanted) - len(todo)
+    with tqdm(todo, initial=done, total=len(wanted), unit="cell", mininterval=pause, disable=quiet) as bar:
         for cell in bar:
-            bar.set_description(" ".join(map(str, cell.values())))
+            bar.set_description(" ".join(f"{key}={value}" for key, value in cell.items()), refresh=False)
             start = time.perf_counter()
             result = study.measure(settings, cell)
             seconds = round(time.perf_counter() - start, 3)
-            entries[_key(cell)] = _line({"cell": cell, "result": _plain(result), "seconds": seconds})
-            _write(path, head, list(entries.values()), [])
-    keys = [_key(cell) for cell in wanted]
-    ordered = [entries[key] for key in dict.fromkeys([*keys, *entries])]
+            if both := cell.keys() & result.keys():
+                raise ValueError(f"{name}: {', '.join(sorted(both))} is the name of what is varied and of a result")
+            entry = {"cell": record.plain(cell, record.ALL), "result": record.plain(result), "seconds": seconds}
+            entries[record.key(cell)] = record.line(entry)
+            record.write(path, head, list(entries.values()))
+    ordered = [entries[key] for key in dict.fromkeys([*wanted, *entries])]
     results = _results({**head, "cells": [json.loads(line) for line in ordered]})
-    _write(path, head, ordered, [_line(_described(claim)) for claim in study.claims(results)])
+    record.write(path, head, ordered, [record.line(_described(claim)) for claim in study.claims(results)])
     return results
 
 
-def load(name: str, folder: Path) -> Results:
-    """Return the results that folder/name.json has."""
-    return _results(_read(folder / f"{name}.json"))
+def _place(folder: Path | str) -> Path:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ValueError(f"{folder} cannot be made: {problem.strerror}. Take another --out.") from None
+    return Path(folder)
 
 
-def report(study: Study, results: Results) -> str:
-    """Return the table and the verdicts, for the terminal."""
-    lines = [tabulate(study.table(results), headers="keys", tablefmt="simple", disable_numparse=True), ""]
-    for claim in study.claims(results):
-        lines += [f"{claim.verdict}: {claim.says} ({claim.source})"]
-        lines += [f"    {claim.quantity}: {claim.measured}; the claim: {claim.bounds}"]
-    return "\n".join(lines)
+def load(name: str, folder: Path | str) -> Results:
+    """Return the results that folder/name.json has.
+
+    Raises
+    ------
+    ValueError
+        If it is not there, not of a study, or of one that was stopped.
+    """
+    path = Path(folder) / f"{name}.json"
+    file = record.read(path)
+    if "claims" not in file:
+        raise ValueError(
+            f"{path} is of a run that was stopped: {len(file['cells'])} cells are measured. Run it to the end."
+        )
+    return _results(file)
 
 
-def draw(name: str, study: Study, results: Results, folder: Path) -> Path:
+def draw(name: str, study: Study, results: Results, folder: Path | str) -> Path:
     """Write the picture beside the numbers, and return where."""
-    path = folder / f"{name}{study.suffix}"
+    path = Path(folder) / f"{name}{study.suffix}"
     with plotting.styled():
         figure = Figure(figsize=study.size, layout="constrained")
         study.draw(results, figure)
@@ -252,128 +317,12 @@ def draw(name: str, study: Study, results: Results, folder: Path) -> Path:
     return path
 
 
-def refresh(page: Path, study: Study, results: Results) -> None:
-    """Write what was measured into a page of the documentation: between `<!-- name -->` and `<!-- end -->`.
-
-    Raises
-    ------
-    ValueError
-        If a name is none of: verdicts, table, machine, and the study's own parts.
-    """
-    page.write_text(refreshed(page.read_text(encoding="utf-8"), study, results), encoding="utf-8")
-
-
-def refreshed(text: str, study: Study, results: Results) -> str:
-    """Return the text of a page with its marked parts made anew."""
-    verdicts = [
-        {
-            "claim": f"{claim.says} ({claim.source})",
-            "measured": f"{claim.quantity}: {claim.measured}",
-            "it holds for": claim.bounds,
-            "verdict": f"**{claim.verdict}**",
-        }
-        for claim in study.claims(results)
-    ]
-    parts = {
-        "verdicts": _markdown(verdicts),
-        "table": _markdown(study.table(results)),
-        "machine": "\n".join(f"- {name}: {text}" for name, text in results.machine.items()),
-        **study.parts(results),
-    }
-
-    def part(match: re.Match[str]) -> str:
-        if match[1] not in parts:
-            raise ValueError(f"the page has a part <!-- {match[1]} -->; there are {', '.join(parts)}")
-        return f"<!-- {match[1]} -->\n\n{parts[match[1]]}\n\n<!-- end -->"
-
-    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", part, text, flags=re.DOTALL)
-
-
-def _markdown(rows: list[dict[str, str]]) -> str:
-    """Return a table; a stroke within a cell, as in |x|, would end the cell."""
-    rows = [{name: text.replace("|", "\\|") for name, text in row.items()} for row in rows]
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-
-
 def _results(file: dict[str, Any]) -> Results:
-    return Results(file["settings"], file["machine"], [{**e["cell"], **_numbers(e["result"])} for e in file["cells"]])
+    lines = [{**entry["cell"], **record.numbers(entry["result"])} for entry in file["cells"]]
+    return Results(file["settings"], file["machine"], lines)
 
 
 def _described(claim: Claim) -> dict[str, Any]:
     numbers = {"values": claim.values, "low": claim.low, "high": claim.high, "interval": claim.interval}
     words = {"says": claim.says, "source": claim.source, "quantity": claim.quantity, "exact": claim.exact}
-    return {**words, **_plain(numbers), "verdict": str(claim.verdict)}
-
-
-def _key(cell: Cell) -> str:
-    return json.dumps(cell, sort_keys=True)
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON has for numbers: of 7 digits; those that are not finite as text."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(f"{value:.7g}") if math.isfinite(value) else str(float(value))
-    return value
-
-
-def _numbers(value: Any) -> Any:
-    """Return the numbers that `_plain` wrote as text."""
-    if isinstance(value, dict):
-        return {name: _numbers(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return float(value) if value in ("nan", "inf", "-inf") else value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        file = json.loads(path.read_text(encoding="utf-8"))
-        if file["format"] != FORMAT:
-            raise ValueError(f"it has the format {file['format']}, and this is {FORMAT}")
-        return file
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there. Run the study first.") from None
-    except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(f"{path} is not a file of a study ({problem}). Take another --out.") from None
-
-
-def _require_same(path: Path, file: dict[str, Any], head: dict[str, Any]) -> None:
-    """Raise unless the cells of a file can stand beside new ones."""
-    for part, other in _differences(file, head):
-        raise ValueError(
-            f"{path} was measured with another {part}, {other}. Take another --out, or remove the file to measure anew."
-        )
-
-
-def _differences(file: dict[str, Any], head: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for part in ("study", "settings"):
-        if file.get(part) != head[part]:
-            yield part, file.get(part)
-    for name in ("processor", "versions"):  # thread pools are seen only once they are loaded
-        if file["machine"].get(name) != head["machine"][name]:
-            yield name, file["machine"].get(name)
-
-
-def _write(path: Path, head: dict[str, Any], cells: list[str], claims: list[str]) -> None:
-    """Replace the file at once, so that one that was stopped while writing leaves the former."""
-    parts = [f"{_line(name)}: {_line(value)}" for name, value in head.items()]
-    for name, lines in (("cells", cells), ("claims", claims)):
-        parts += [f"{_line(name)}: [\n" + ",\n".join(lines) + "\n]"]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write("{" + ",\n".join(parts) + "}\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return {**words, **record.plain(numbers), "verdict": str(claim.verdict)}

@@ -1,5 +1,6 @@
 """What holds for every study: it runs from the command line, and its page has its numbers."""
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -8,16 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npnorm.studies import STUDIES
+from npnorm.studies import STUDIES, record
 from npnorm.studies.__main__ import find, main
-from npnorm.studies.study import Verdict, _key, _plain, load, refreshed
+from npnorm.studies.report import refreshed
+from npnorm.studies.study import Verdict, load
 
 DOCS = Path(__file__).parents[2] / "docs" / "studies"
 EACH = pytest.mark.parametrize("name", STUDIES)
-NOT_YET = ("pre_vs_post", "communication")
-"""Whose full run has not been done yet; their pages say so."""
-
-RUN_IN_FULL = pytest.mark.parametrize("name", [name for name in STUDIES if name not in NOT_YET])
 
 
 @EACH
@@ -48,10 +46,10 @@ def test_drawing_again_measures_nothing(name, quick, capsys):
     main([name, "--plot-only", "--out", str(folder)])
     assert (numbers.read_bytes(), picture.read_bytes()) == before
     printed = capsys.readouterr().out
-    assert all(f"{claim.verdict}: {claim.says}" in printed for claim in find(name).claims(load(name, folder)))
+    assert all(f"{claim.verdict:26}{claim.says}" in printed for claim in find(name).claims(load(name, folder)))
 
 
-@RUN_IN_FULL
+@EACH
 def test_the_page_tells_what_the_full_run_measured(name):
     study, results = find(name), load(name, DOCS)
     page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
@@ -59,22 +57,19 @@ def test_the_page_tells_what_the_full_run_measured(name):
     assert {"verdicts", "table", "machine"} <= set(re.findall(r"<!-- (\w+) -->", page))
     assert f"({name}{study.suffix})" in page
     full = {key: value for key, value in study.full.items() if key != "seeds"}
-    np.testing.assert_equal(results.settings, json.loads(json.dumps(_plain(full))))
-    assert {_key(cell) for cell in study.cells(study.full)} == {
-        _key(entry["cell"]) for entry in json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))["cells"]
+    np.testing.assert_equal(results.settings, record.plain(full))
+    file = json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
+    assert {record.key(cell) for cell in study.cells(study.full)} == {
+        record.key(entry["cell"]) for entry in file["cells"]
     }
+    said = [(claim.says, str(claim.verdict)) for claim in study.claims(results)]
+    assert [(claim["says"], claim["verdict"]) for claim in file["claims"]] == said
 
 
-@RUN_IN_FULL
+@EACH
 def test_the_committed_files_are_small(name):
     assert (DOCS / f"{name}{find(name).suffix}").stat().st_size < 100_000
     assert (DOCS / f"{name}.json").stat().st_size < 400_000
-
-
-@pytest.mark.parametrize("name", NOT_YET)
-def test_a_page_without_a_full_run_says_so(name):
-    assert not (DOCS / f"{name}.json").exists()
-    assert "has not been run in full yet" in (DOCS / f"{name}.md").read_text(encoding="utf-8")
 
 
 def test_the_index_has_every_study_in_the_order_of_the_command():
@@ -92,8 +87,10 @@ def test_the_command_lists_every_study(capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["nonsense"], "invalid choice: 'nonsense'"),
-        (["vanishing", "--seeds", "0"], "it must be an integer, at least 1"),
+        (["nonsense"], "nonsense is none of the studies, vanishing, "),
+        (["nonsense.py"], "and no file that ends in .py"),
+        ([__file__], "test_all_studies.py defines no STUDY"),
+        (["vanishing", "--seeds", "0"], "it must be an integer of at least 1, not 0"),
         (["vanishing", "--plot-only", "--out", "/no/such/folder"], "vanishing.json is not there. Run the study first."),
     ],
 )
@@ -101,4 +98,33 @@ def test_wrong_options_are_named(argv, says, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_study_of_ones_own_runs_from_its_file(tmp_path, capsys):
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```$", (DOCS / "index.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    (tmp_path / "lengths.py").write_text(example)
+    main([str(tmp_path / "lengths.py"), "--quick", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "holds: 1, does not hold: 0" in printed
+    assert {path.name for path in tmp_path.iterdir()} >= {"lengths.py", "lengths.json", "lengths.svg"}
+
+
+@pytest.mark.parametrize(("stop", "says"), [(0, "nothing was measured"), (1, "goes on there")])
+def test_a_study_that_is_stopped_says_what_is_there(stop, says, monkeypatch, tmp_path, capsys):
+    study = find("vanishing")
+    measured = []
+
+    def measure(settings, cell):
+        if len(measured) == stop:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return {"std": [1.0]}
+
+    monkeypatch.setattr("npnorm.studies.__main__.find", lambda name: dataclasses.replace(study, measure=measure))
+    with pytest.raises(SystemExit) as stopped:
+        main(["vanishing", "--quick", "--out", str(tmp_path)])
+    assert stopped.value.code == 130
     assert says in capsys.readouterr().err

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from npnorm.studies.study import Claim, Results, Study, Verdict, draw, load, refreshed, report, run
+from npnorm.studies.study import Claim, Results, Study, Verdict, draw, load, run
 
 MEASURED = []
 
@@ -57,7 +57,7 @@ def claim(values, **bounds):
 
 
 def test_the_interval_is_that_of_students_t():
-    first, last = claim([1.0, 2.0, 3.0]).interval  # t(0.975, 2) = 4.302653, s = 1
+    first, last = claim([1.0, 2.0, 3.0], low=0).interval  # t(0.975, 2) = 4.302653, s = 1
     assert first == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-6)
     assert last == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-6)
 
@@ -89,14 +89,44 @@ def test_one_value_decides_where_there_is_no_spread():
 
 
 def test_a_claim_tells_its_numbers_in_words():
-    assert claim([1.0, 2.0, 3.0]).measured == "2 (95 %: -0.484 to 4.48; 3 seeds)"
-    assert claim([1.0]).measured == "1 (1 seed)"
-    assert claim([2.5], exact=True).measured == "2.5"
-    assert [claim([], **b).bounds for b in ({"low": 1}, {"high": 2}, {"low": 1, "high": 2})] == [
+    assert claim([1.0, 2.0, 3.0], low=1).measured == "2 (95 %: -0.5 to 4.5; 3 seeds)"
+    assert claim([1.0], low=1).measured == "1 (1 seed)"
+    assert claim([2.5], low=1, exact=True).measured == "2.5"
+    assert claim([0.1] * 3, low=1).measured == "0.1 in each of 3 seeds"  # which have no spread to judge by
+    assert [claim([], **b).bounds for b in ({"low": 1}, {"high": 2}, {"low": 1, "high": 2}, {"low": 0, "high": 0})] == [
         "at least 1",
         "at most 2",
         "1 to 2",
+        "0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.99991, 0.99993, 0.99992], "0.99992 (95 %: 0.999895 to 0.999945; 3 seeds)"),  # both ends can be told apart
+        ([1e-17, -2e-17, 1e-17], "0 (95 %: -4.3e-17 to 4.3e-17; 3 seeds)"),  # not -3e-34
+        ([1200.0, 1300.0, 1250.0], "1250 (95 %: 1130 to 1370; 3 seeds)"),  # not 1.25e+03
+    ],
+)
+def test_the_interval_is_told_with_two_figures_of_its_width(values, words):
+    assert claim(values, low=1).measured == words
+
+
+@pytest.mark.parametrize("bounds", [{}, {"low": 2.0, "high": 1.0}, {"low": math.nan}])
+def test_a_claim_without_bounds_that_can_decide_is_refused(bounds):
+    with pytest.raises(ValueError, match=r"Claim 'Says.': it needs low, high or both"):
+        claim([1.0], **bounds)
+
+
+# Results
+
+
+def test_a_name_that_no_cell_has_is_refused():
+    results = Results({}, {}, [{"x": 1, "loss": 2.0}])
+    for ask in (lambda: results.values("los"), lambda: results.where(y=1), lambda: results.distinct("y")):
+        with pytest.raises(KeyError, match=r"there are x, loss|los"):
+            ask()
 
 
 # Cells, files and what goes on
@@ -138,6 +168,27 @@ def test_numbers_that_are_not_finite_come_back(tmp_path):
     study = study_of()
     run("name", study, study.full, tmp_path, quiet=True)
     np.testing.assert_array_equal(load("name", tmp_path).values("bad", x=1, seed=0), [[math.nan, math.inf, -math.inf]])
+
+
+def test_cells_may_have_what_numpy_and_tuples_have(tmp_path):
+    third = 1 / 3
+    cells = [{"x": np.int64(1), "shape": (2, 3), "third": third, "seed": 0}]
+    study = study_of(cells=lambda settings: cells)
+    for _ in range(2):
+        results = run("name", study, study.full, str(tmp_path), quiet=True)
+    assert len(MEASURED) == 1
+    assert results.values("value", shape=(2, 3), third=third).tolist() == [1.0]
+
+
+def test_what_is_varied_and_what_is_measured_have_different_names(tmp_path):
+    study = study_of(lambda settings, cell: {"x": 2})
+    with pytest.raises(ValueError, match="x is the name of what is varied and of a result"):
+        run("name", study, study.full, tmp_path, quiet=True)
+
+
+def test_settings_say_how_many_seeds_there_are():
+    with pytest.raises(ValueError, match='quick needs "seeds"'):
+        study_of(quick={"scale": 1.0})
 
 
 def test_a_study_that_fails_keeps_what_it_has(tmp_path):
@@ -192,9 +243,9 @@ def test_a_study_that_was_killed_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"settings": {"scale": 2.0}}, "another settings, {'scale': 2.0}"),
-        ({"machine": {"processor": "an abacus"}}, "another processor, an abacus"),
-        ({"format": 99}, "the format 99"),
+        ({"settings": {"scale": 2.0}}, "another setting 'scale': 2.0 there, 1.0 here"),
+        ({"machine": {"processor": "an abacus"}}, "another processor: an abacus there"),
+        ({"format": 99}, "its format is 99"),
     ],
 )
 def test_cells_of_another_kind_are_not_mixed(tmp_path, change, says):
@@ -210,21 +261,39 @@ def test_cells_of_another_kind_are_not_mixed(tmp_path, change, says):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["", "not JSON", "[]", "{}"])
+@pytest.mark.parametrize("text", ["", "not JSON", "[]", "{}", '{"study": "name", "format": 1}'])
 def test_a_file_that_is_none_of_a_study_is_refused(tmp_path, text):
     (tmp_path / "name.json").write_text(text)
     with pytest.raises(ValueError, match=r"name.json is not a file of a study"):
         load("name", tmp_path)
 
 
-# Table, picture and page
-
-
-def test_the_report_has_the_table_and_each_verdict_with_its_numbers(tmp_path):
+def test_places_that_cannot_hold_a_file_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "name.json").mkdir()
     study = study_of()
-    text = report(study, run("name", study, study.full, tmp_path, quiet=True))
-    assert "1.01" in text
-    assert "holds: It is above. (a test)\n    value: 1 (95 %: 0.941 to 1.07; 2 seeds); the claim: at least 0.5" in text
+    with pytest.raises(ValueError, match=r"file cannot be made: .*\. Take another --out"):
+        run("name", study, study.full, tmp_path / "file", quiet=True)
+    for folder in (tmp_path / "file", tmp_path):
+        with pytest.raises(ValueError, match=r"name.json cannot be read: .*\. Take another --out"):
+            load("name", folder)
+
+
+def test_what_a_stopped_run_left_is_not_shown_as_a_result(tmp_path):
+    def measure(settings, cell):
+        if cell["x"] == 3:
+            raise KeyboardInterrupt
+        return {"value": 1.0}
+
+    study = study_of(measure)
+    with pytest.raises(KeyboardInterrupt):
+        run("name", study, study.full, tmp_path, quiet=True)
+    with pytest.raises(ValueError, match=r"a run that was stopped: 4 cells are measured\. Run it to the end"):
+        load("name", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["name.json"]
+
+
+# Picture
 
 
 def test_the_text_of_a_picture_stays_text_and_its_bytes_the_same(tmp_path):
@@ -235,23 +304,3 @@ def test_the_text_of_a_picture_stays_text_and_its_bytes_the_same(tmp_path):
     assert b">value of x</text>" in first
     assert b">0.0163 of 6.907</text>" in first  # places are rounded, numbers are not
     assert draw("name", study, results, tmp_path).read_bytes() == first
-
-
-def test_the_marked_parts_of_a_page_are_made_anew():
-    results = Results({}, {"processor": "an abacus"}, [{"x": 1, "seed": s, "value": 1.0 + s / 100} for s in (0, 1)])
-    page = (
-        "Before.\n\n<!-- table -->\nold\n<!-- end -->\n\nBetween <!-- remark --> them.\n\n<!-- own -->\n<!-- end -->\n"
-    )
-    text = refreshed(page, study_of(parts=lambda results: {"own": "A part."}), results)
-    assert "old" not in text
-    assert "|   x | value |" in text or "| x   | value   |" in text
-    assert "Between <!-- remark --> them.\n\n<!-- own -->\n\nA part.\n\n<!-- end -->" in text
-    assert refreshed(text, study_of(parts=lambda results: {"own": "A part."}), results) == text
-    with pytest.raises(ValueError, match="the page has a part <!-- none -->; there are verdicts, table, machine"):
-        refreshed("<!-- none -->\n<!-- end -->", study_of(), results)
-
-
-def test_strokes_in_a_cell_do_not_end_it():
-    results = Results({}, {}, [{"x": 1, "seed": 0, "value": 1.0}])
-    study = study_of(table=lambda results: [{"largest": "|x| / rms"}])
-    assert r"\|x\| / rms" in refreshed("<!-- table -->\n<!-- end -->", study, results)
