@@ -6,13 +6,7 @@ sums once. Counted and timed are both, LayerNorm's two forms of one message, and
 Each cell is a job of its own, `mpirun -n N`; `communication_ranks.py` is what its ranks do.
 """
 
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 from typing import Any
 
 import numpy as np
@@ -20,36 +14,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from npnorm.plotting import LOOKS, NONE, REFERENCE
-from npnorm.studies.communication_ranks import MESSAGES, SPLIT
+from npnorm.studies.communication_ranks import MESSAGES, SPLIT, rank_main
+from npnorm.studies.jobs import on_ranks
 from npnorm.studies.study import Cell, Claim, Results, Settings, Study
 
 LAYER_NORMS = tuple(form for form in MESSAGES if form != "RMSNorm")
 
 BYHAND = "AI by Hand, RMS, Group, Layer, Batch Norm, Tensor Parallelism, 2025"
-STRICT = "the same, without its word typically"
+STRICT = f"{BYHAND}, without its word typically"
 COLOSSAL = "hpcaitech/ColossalAI, issue 782, 2022"
 MEGATRON = "Shoeybi et al., Megatron-LM, 2019, arXiv:1909.08053, section 3"
-PAGE = "theory, docs/norms/statistics.md"
+PAGE = "theory, npnorm, Mean and variance on a group of ranks"
 
 NORM_GAIN, BLOCK_GAIN = 1.1, 0.05
 """What is called a clear gain here, since the source has no number: 10 % of a norm's time, 5 % of a block's."""
-
-PROGRAM = """
-import json, sys
-from npnorm.mpi import run
-from npnorm.studies.communication_ranks import rank_main
-def main(group):
-    found = rank_main(group, *json.loads(sys.argv[1]))
-    if group.rank == 0:
-        print(json.dumps(found))
-run(main)
-"""
-"""The program of a job; npnorm.mpi is named by programs alone, and by nothing in the package."""
-
-JOB_LIMIT = 600
-"""Seconds after which a job is ended."""
-
-EXTRA = 'The extra brings all that it needs: pip install "npnorm[mpi]".'
 
 
 def cells(settings: Settings) -> list[Cell]:
@@ -59,24 +37,8 @@ def cells(settings: Settings) -> list[Cell]:
 
 
 def measure(settings: Settings, cell: Cell) -> dict[str, Any]:
-    """Return what the ranks found, for each form; see `npnorm.studies.communication_ranks.rank_main`.
-
-    Raises
-    ------
-    ValueError
-        If there is no mpirun, or no mpi4py.
-    """
-    places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    mpirun = shutil.which("mpirun", path=places)
-    if mpirun is None:
-        raise ValueError(f"this study starts ranks, and there is no mpirun. {EXTRA}")
-    job = [mpirun, "-n", str(cell["ranks"]), sys.executable, "-c", PROGRAM, json.dumps([dict(settings), cell])]
-    done = subprocess.run(job, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=JOB_LIMIT, check=False)
-    if "ImportError: npnorm.mpi needs" in done.stderr:
-        raise ValueError(f"this study starts ranks, and they could not load npnorm.mpi. {EXTRA}")
-    if done.returncode:
-        raise RuntimeError(f"mpirun -n {cell['ranks']} ended with status {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout)
+    """Return what the ranks found, for each form; see `npnorm.studies.communication_ranks.rank_main`."""
+    return on_ranks(cell["ranks"], rank_main, dict(settings), cell)
 
 
 def of(results: Results, form: str, name: str, **fixed: Any) -> np.ndarray:
@@ -121,15 +83,36 @@ def claims(results: Results) -> list[Claim]:
     once = "LayerNorm has to communicate only once"
     exact: list[tuple[str, str, str, np.ndarray, float, float]] = [
         ("LayerNorm needs two all-reduces.", BYHAND, f"{count}, two-pass", forward["two-pass"], 2, 2),
-        ("RMSNorm needs one.", BYHAND, count, forward["RMSNorm"], 1, 1),
-        ("LayerNorm cannot do with fewer than two.", STRICT, f"{count}, the fewest of three forms", fewest, 2, 2),
+        ("RMSNorm needs one all-reduce.", BYHAND, f"{count}, RMSNorm", forward["RMSNorm"], 1, 1),
+        (
+            "LayerNorm cannot do with fewer than two messages.",
+            STRICT,
+            f"{count}, the fewest of three forms",
+            fewest,
+            2,
+            2,
+        ),
         (f"{once}: sums of x and of x² travel together.", COLOSSAL, f"{count}, packed", forward["packed"], 1, 1),
         (f"{once}: means and squares are gathered and merged.", PAGE, f"{count}, gathered", forward["gathered"], 1, 1),
-        ("Backward, each needs one.", PAGE, "messages of a backward pass", backward, 1, 1),
+        ("Backward, each split norm needs one message.", PAGE, "messages of a backward pass", backward, 1, 1),
         ("A norm of whole rows sends nothing.", MEGATRON, "messages, forward and backward", whole, 0, 0),
-        ("RMSNorm sends a third of the bytes.", PAGE, "bytes forward, two-pass / RMSNorm", thrice, 3, 3),
-        ("Packed, a mean of 1e3 spreads costs 6 digits of 16.", PAGE, off, packed, 3e-12, 3e-9),  # within a factor 30
-        ("Gathered, a mean of 1e5 spreads costs none.", PAGE, off, gathered, 0, 1e-14),
+        (
+            "RMSNorm sends a third of the bytes of two-pass LayerNorm.",
+            PAGE,
+            "bytes forward, two-pass / RMSNorm",
+            thrice,
+            3,
+            3,
+        ),
+        (
+            "Packed, a mean of 1e3 standard deviations costs 6 digits of 16.",
+            PAGE,
+            off,
+            packed,
+            3e-12,
+            3e-9,
+        ),  # within a factor 30
+        ("Gathered, a mean of 1e5 standard deviations costs none.", PAGE, off, gathered, 0, 1e-14),
     ]
     found = [Claim(*claim, exact=True) for claim in exact]
     ranks, (rows, block_rows) = results.distinct("ranks")[0], sizes(results)
@@ -139,7 +122,13 @@ def claims(results: Results) -> list[Claim]:
         says, time = f"RMSNorm is clearly faster than LayerNorm, {where}.", "time of a forward pass, two-pass / "
         found += [
             Claim(says, BYHAND, f"{time}RMSNorm", both, NORM_GAIN),
-            Claim(f"One message fewer is enough for that, {where}.", BYHAND, f"{time}packed", both / one, NORM_GAIN),
+            Claim(
+                f"One message fewer makes LayerNorm clearly faster, {where}.",
+                BYHAND,
+                f"{time}packed",
+                both / one,
+                NORM_GAIN,
+            ),
         ]
     for n in (block_rows[0], block_rows[-1]):
         here, where = {"ranks": ranks, "rows": n}, f"{n} rows on {ranks} ranks"
@@ -148,7 +137,7 @@ def claims(results: Results) -> list[Claim]:
         found += [
             Claim(f"RMSNorm makes a block clearly faster, {where}.", BYHAND, f"{share} it saves", saved, BLOCK_GAIN),
             Claim(
-                f"The messages saved are enough for that, {where}.",
+                f"The saved messages alone make a block clearly faster, {where}.",
                 BYHAND,
                 f"{share} they take alone",
                 alone,

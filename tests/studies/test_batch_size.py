@@ -1,9 +1,7 @@
-import subprocess
-
 import pytest
 
 from npnorm.group import SOLO
-from npnorm.studies import batch_size_ranks, jobs
+from npnorm.studies import batch_size_ranks
 from npnorm.studies.study import Verdict
 
 
@@ -28,26 +26,3 @@ def test_statistics_over_the_ranks_are_those_of_the_whole_batch_and_those_of_eac
 def test_on_one_rank_synchronized_or_not_is_the_same():
     found = batch_size_ranks.rank_main(SOLO, images=4, steps=2, seeds=1)
     assert found == {"synchronized": [0.0], "apart": [0.0]}
-
-
-# Jobs
-
-
-def test_without_mpirun_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    with pytest.raises(ValueError, match=r'no mpirun. The extra .*"npnorm\[mpi\]"'):
-        jobs.on_ranks(2, batch_size_ranks.rank_main)
-
-
-def test_without_mpi4py_the_extra_is_named(monkeypatch):
-    failed = subprocess.CompletedProcess((), 1, stdout="", stderr="ImportError: npnorm.mpi needs mpi4py")
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
-    with pytest.raises(ValueError, match=r'could not load npnorm.mpi. The extra .*"npnorm\[mpi\]"'):
-        jobs.on_ranks(2, batch_size_ranks.rank_main)
-
-
-def test_a_job_that_fails_tells_why(monkeypatch):
-    failed = subprocess.CompletedProcess((), 3, stdout="", stderr="the reason")
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
-    with pytest.raises(RuntimeError, match="mpirun -n 2 ended with status 3:\nthe reason"):
-        jobs.on_ranks(2, batch_size_ranks.rank_main)
