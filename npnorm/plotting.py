@@ -61,6 +61,15 @@ LOOK_OF: dict[str, dict[str, Any]] = {
 }
 """The norms that stand in several pictures look the same in all."""
 
+LOOK_OF_PLACEMENT: dict[str, dict[str, Any]] = {
+    "pre": LOOKS[0],
+    "post": LOOKS[1],
+    "res-post": LOOKS[2],
+    "deep": LOOKS[3],
+    "sandwich": LOOKS[4],
+}
+"""The same of where a norm stands, by the names of `Config.placement`."""
+
 
 @contextmanager
 def styled() -> Iterator[None]:

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from npnorm.config import Config
-from npnorm.plotting import reference
+from npnorm.plotting import LOOK_OF_PLACEMENT, reference
 from npnorm.studies import pre_vs_post_gradients as before
 from npnorm.studies import small_transformers as small
-from npnorm.studies.pre_vs_post_gradients import LOOK, PLACEMENTS, XIONG
+from npnorm.studies.pre_vs_post_gradients import PLACEMENTS, XIONG
 from npnorm.studies.study import Cell, Claim, Results, Settings, Study
 from npnorm.training import Recipe
 from npnorm.transformer import Transformer
@@ -104,18 +104,32 @@ def train_claims(results: Results) -> list[Claim]:
             for depth, some in zip(depths, gain["post"], strict=True)
         ),
         *(
-            Claim(f"With {depth} layers Pre-LN does not.", XIONG, helps, some, high=SAME)
+            Claim(f"With {depth} layers Pre-LN does not need warm-up.", XIONG, helps, some, high=SAME)
             for depth, some in zip(depths, gain["pre"], strict=True)
         ),
-        Claim("DeepNorm needs it less than Post-LN.", DEEPNET, f"{helps}, {both}", ratio, high=0.5),
-        Claim("Pre-LN trains without it at each depth.", XIONG, share, trains["pre"].mean(axis=0), low=1),
-        Claim("The placement of OLMo-2 does.", OLMO, share, trains["res-post"].mean(axis=0), low=1),
-        Claim("The sandwich does.", COGVIEW, share, trains["sandwich"].mean(axis=0), low=1),
-        Claim("DeepNorm does.", DEEPNET, share, trains["deep"].mean(axis=0), low=1),
+        Claim("DeepNorm needs warm-up less than Post-LN.", DEEPNET, f"{helps}, {both}", ratio, high=0.5),
+        Claim("Pre-LN trains without warm-up at each depth.", XIONG, share, trains["pre"].mean(axis=0), low=1),
+        Claim(
+            "The placement of OLMo-2 trains without warm-up at each depth.",
+            OLMO,
+            share,
+            trains["res-post"].mean(axis=0),
+            low=1,
+        ),
+        Claim(
+            "The sandwich trains without warm-up at each depth.", COGVIEW, share, trains["sandwich"].mean(axis=0), low=1
+        ),
+        Claim("DeepNorm trains without warm-up at each depth.", DEEPNET, share, trains["deep"].mean(axis=0), low=1),
         Claim("With more than 12 layers Post-LN is unstable.", SCRIPT, stuck, trains["post"][-1], high=0.5),
-        Claim("With warm-up Post-LN ends as low.", XIONG, warmed, (warm["post"] - warm["pre"])[-1], high=SAME),
-        Claim("With 4 layers both end alike.", SCRIPT, ends, apart[depths.index(4)], -MORE, MORE),
-        Claim("With 8 layers Pre-LN ends lower.", SCRIPT, ends, apart[depths.index(8)], low=MORE),
+        Claim(
+            f"With warm-up and {depths[-1]} layers Post-LN ends as low as Pre-LN.",
+            XIONG,
+            warmed,
+            (warm["post"] - warm["pre"])[-1],
+            high=SAME,
+        ),
+        Claim("With 4 layers Post-LN and Pre-LN end alike.", SCRIPT, ends, apart[depths.index(4)], -MORE, MORE),
+        Claim("With 8 layers Pre-LN ends lower than Post-LN.", SCRIPT, ends, apart[depths.index(8)], low=MORE),
     ]
 
 
@@ -140,7 +154,7 @@ def written_claims(results: Results) -> list[Claim]:
             learned,
             low=MORE,
         ),
-        Claim("As written, 4 layers end alike.", SCRIPT, ends, post - pre, -MORE, MORE),
+        Claim("As written, with 4 layers Post-LN and Pre-LN end alike.", SCRIPT, ends, post - pre, -MORE, MORE),
         Claim("As written, with 4 layers Pre-LN is smoother.", SCRIPT, ratio, ratios[0], low=1),
         Claim("As written, with 8 layers Pre-LN is clearly smoother.", SCRIPT, ratio, ratios[1], low=1.5),
     ]
@@ -183,7 +197,7 @@ def draw(results: Results, figure: Figure) -> None:
     depths, lr, (no_context,) = results.settings["depths"], results.settings["lrs"][-1], results.distinct("no context")
     for ax, warmup in zip(both, (False, True), strict=True):
         for placement in PLACEMENTS:
-            ax.plot(depths, trained(results, placement, lr, warmup).mean(axis=1), **LOOK[placement])
+            ax.plot(depths, trained(results, placement, lr, warmup).mean(axis=1), **LOOK_OF_PLACEMENT[placement])
         reference(ax, no_context, "needs no context", gap=-10)
         ax.set(title=f"trained, {'with' if warmup else 'no'} warm-up", xlabel="layers", xscale="log")
         ax.set_xticks(depths, map(str, depths))

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from npnorm.config import Config
-from npnorm.plotting import LOOKS
+from npnorm.plotting import LOOK_OF_PLACEMENT
 from npnorm.studies import small_transformers as small
 from npnorm.studies.study import Cell, Claim, Results, Settings
 from npnorm.training import batch, loss_and_grads
@@ -30,9 +30,8 @@ from npnorm.transformer import Transformer
 XIONG = "Xiong et al., arXiv:2002.04745"
 
 PLACEMENTS = {"post": "Post-LN", "pre": "Pre-LN", "res-post": "OLMo-2", "sandwich": "sandwich", "deep": "DeepNorm"}
-LOOK = dict(zip(PLACEMENTS, (LOOKS[1], LOOKS[0], LOOKS[2], LOOKS[4], LOOKS[3]), strict=True))
 
-PARTS = {"theorem": "in its setting", "gradient": "in a language model"}
+PARTS = {"theorem": "in the theorem's setting", "gradient": "in a language model"}
 
 
 def cells(settings: Settings) -> list[Cell]:
@@ -84,17 +83,37 @@ def claims(results: Results) -> list[Claim]:
         post, pre = (exponent(results, placement, part) for placement in ("post", "pre"))
         slope = f"p of gradient ~ L^p, {where}"
         found += [
-            Claim(f"In Post-LN the last gradient does not change with L, {where}.", XIONG, slope, post, -0.1, 0.1),
-            Claim(f"In Pre-LN it falls as 1 / sqrt(L), {where}.", XIONG, slope, pre, -0.65, -0.35),
+            Claim(
+                f"In Post-LN the gradient of the last layer does not change with L, {where}.",
+                XIONG,
+                slope,
+                post,
+                -0.1,
+                0.1,
+            ),
+            Claim(
+                f"In Pre-LN the gradient of the last layer falls as 1 / sqrt(L), {where}.",
+                XIONG,
+                slope,
+                pre,
+                -0.65,
+                -0.35,
+            ),
         ]
     post, pre = (by_layer(results, placement, profile) for placement in ("post", "pre"))
     ends = f"gradient of the first layer / of the last, {profile} layers"
     times = f"gradient of the last layer, Post-LN / Pre-LN, {profile} layers"
     return [
         *found,
-        Claim("In Post-LN it is much larger.", XIONG, times, post[:, -1] / pre[:, -1], low=2),
+        Claim(
+            "In Post-LN the gradient of the last layer is much larger than in Pre-LN.",
+            XIONG,
+            times,
+            post[:, -1] / pre[:, -1],
+            low=2,
+        ),
         Claim("In Post-LN gradients decay towards the input.", XIONG, ends, post[:, 0] / post[:, -1], high=0.5),
-        Claim("In Pre-LN they are nearly alike.", XIONG, ends, pre[:, 0] / pre[:, -1], 0.5, 2),
+        Claim("In Pre-LN the gradients of all layers are nearly alike.", XIONG, ends, pre[:, 0] / pre[:, -1], 0.5, 2),
     ]
 
 
@@ -115,7 +134,7 @@ def draw(results: Results, ax: Axes) -> None:
     depth, ticks = results.settings["profile"], (0.1, 0.2, 0.5, 1, 2, 5)
     for placement, name in PLACEMENTS.items():
         mean = by_layer(results, placement, depth).mean(axis=0)
-        ax.plot(np.arange(1, depth + 1), mean, label=name, markevery=3, **LOOK[placement])
+        ax.plot(np.arange(1, depth + 1), mean, label=name, markevery=3, **LOOK_OF_PLACEMENT[placement])
     ax.set(title="before training", xlabel=f"layer of {depth}", ylabel="norm of the gradient of W2", yscale="log")
     ax.set_yticks(ticks, map(str, ticks))
     ax.minorticks_off()
