@@ -148,7 +148,7 @@ def test_a_norm_after_the_sub_layer_makes_what_it_adds_of_size_1(results):
 
 
 def test_post_norm_keeps_the_size_of_the_stream_and_pre_norm_lets_it_grow(results, verdicts):
-    assert verdicts("outliers")["With post-norm its size is the same at every depth."] == Verdict.HOLDS
+    assert verdicts("outliers")["With post-norm the stream has the same size at every depth."] == Verdict.HOLDS
     np.testing.assert_allclose(results.values("rms", placement="post")[:, :, 1:], 1, rtol=0.1)
     rms = results.values("rms", placement="pre")
     assert np.all(np.diff(rms, axis=2) > 0)
