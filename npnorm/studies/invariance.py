@@ -24,13 +24,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from npnorm import norms
 from npnorm.layers import Linear
 from npnorm.studies.study import Cell, Claim, Results, Settings, Study
 from npnorm.tree import Layer
 
-SOURCE = "arXiv:1910.07467, table 1"
+PAPER = "Zhang and Sennrich 2019, arXiv:1910.07467"
+OURS = "npnorm, Invariance, theory"
 SCALE = 3.0  # no power of two: that would not even round
 INVARIANT, CHANGED = 1e-10, 1e-3
 """Of float64 a change up to the first is rounding; one from the second on is none. Between them nothing is decided."""
@@ -57,6 +59,9 @@ CHANGES: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple
     "dataset re-centring": lambda x, w, rng: (x + x.std() * rng.standard_normal(x.shape[1]), w),
     "single case re-scaling": lambda x, w, rng: (scaled_row(x, rng), w),
 }
+
+SHORT = dict(zip(CHANGES, ("W scaled", "W shifted", "W_j scaled", "x scaled", "x shifted", "x_i scaled"), strict=True))
+"""The names of the changes in the table."""
 
 PUBLISHED = {
     "BatchNorm": "yes no yes yes yes no",
@@ -176,21 +181,20 @@ def nearest(changes: np.ndarray) -> np.ndarray:
 def claims(results: Results) -> list[Claim]:
     """Return the rows of the table, and what is said of eps and of the gradient."""
     exact = results.where(eps=0.0)
+    eps = results.distinct("eps")[-1]
+    bounded = [line for line in _with_eps(results).lines if line["bound"] > 0]
+    seeds, several = len(exact.distinct("seed")), len({line["norm"] for line in bounded})
     return [
         *(_row(norm, exact.values("change", norm=norm)) for norm in EXPECTED),
         Claim(
-            "With eps what is invariant changes by at most eps / (2 RMS^2).",
-            "theory",
-            "largest change / bound",
-            [
-                np.max(np.array(line["change"])[_is_yes(line["norm"])]) / line["bound"]
-                for line in _with_eps(results).lines
-                if line["bound"] > 0
-            ],
+            "With eps, what is invariant without it changes by at most eps / (2 RMS^2).",
+            OURS,
+            f"largest change of y / bound, eps = {eps:g}, least and most over {several} norms and {seeds} seeds",
+            [np.max(np.array(line["change"])[_is_yes(line["norm"])]) / line["bound"] for line in bounded],
             high=1,
             exact=True,
         ),
-        _power("After RMSNorm dL/dW goes as 1 / the scale of W.", exact, "dW by W", -1),
+        _power("After RMSNorm dL/dW is in inverse proportion to the scale of W.", exact, "dW by W", -1),
         _power("After RMSNorm dL/dW does not depend on the scale of x.", exact, "dW by x", 0),
         _power("The gradient of RMSNorm's gain does not depend on the scale of W.", exact, "dg by W", 0),
         _power("The gradient of RMSNorm's gain does not depend on the scale of x.", exact, "dg by x", 0),
@@ -206,11 +210,12 @@ def _is_yes(norm: str) -> np.ndarray:
 
 
 def _row(norm: str, changes: np.ndarray) -> Claim:
-    to = [change for change, yes in zip(CHANGES, _is_yes(norm), strict=True) if yes] or ["none"]
+    to = [change for change, yes in zip(CHANGES, _is_yes(norm), strict=True) if yes]
+    others = f"{', '.join(to)}, and to no other of the six changes" if to else "none of the six changes"
     return Claim(
-        f"Of the six changes, {norm} is invariant to {', '.join(to)}.",
-        SOURCE if norm in PUBLISHED else "theory",
-        "answers of 6 that agree",
+        f"{norm} is invariant to {others}.",
+        f"{PAPER}, table 1" if norm in PUBLISHED else OURS,
+        f"answers of 6 that agree, eps = 0, least over {len(changes)} seeds",
         [np.sum(np.array(decided(change[None])) == EXPECTED[norm].split()) for change in changes],
         low=6,
         exact=True,
@@ -219,10 +224,11 @@ def _row(norm: str, changes: np.ndarray) -> Claim:
 
 def _power(says: str, exact: Results, name: str, expected: float) -> Claim:
     distance = abs(exact.values(name, norm="RMSNorm") - expected)
+    of, by = name.split(" by ")
     return Claim(
         says,
-        "arXiv:1910.07467, section 4.2",
-        f"distance of the exponent from {expected}",
+        f"{PAPER}, section 4.2",
+        f"distance from {expected} of k, where |dL/{of}| goes as |{by}|^k, eps = 0, {len(distance)} seeds",
         distance,
         high=INVARIANT,
         exact=True,
@@ -230,36 +236,49 @@ def _power(says: str, exact: Results, name: str, expected: float) -> Claim:
 
 
 def table(results: Results) -> list[dict[str, str]]:
-    """Return a line for each norm: the answers, and the sizes without and with eps."""
+    """Return two lines for each norm: with the answers, without eps, and with the sizes alone, with eps."""
     rows = []
     for norm in EXPECTED:
-        exact = results.where(norm=norm, eps=0.0)
-        changes, with_eps = exact.values("change"), nearest(_with_eps(results).values("change", norm=norm))
-        columns = zip(CHANGES, decided(changes), nearest(changes), with_eps, strict=True)
-        rows.append(
-            {
-                "norm": norm,
-                **{change: f"{yes} {size:.1g}, {other:.1g}" for change, yes, size, other in columns},
-                "dL/dW goes as W to the": f"{exact.values('dW by W').mean():z.3f}",
-                "as x to the": f"{exact.values('dW by x').mean():z.3f}",
-            }
-        )
+        for eps in results.distinct("eps"):
+            some = results.where(norm=norm, eps=eps)
+            changes = some.values("change")
+            answers = decided(changes) if eps == 0 else [""] * len(CHANGES)
+            columns = zip(SHORT.values(), answers, nearest(changes), strict=True)
+            rows.append(
+                {
+                    "norm": norm,
+                    "eps": f"{eps:g}",
+                    **{change: f"{answer} {size:.1g}".strip() for change, answer, size in columns},
+                    "dL/dW by W": f"{some.values('dW by W').mean():z.3f}",
+                    "by x": f"{some.values('dW by x').mean():z.3f}",
+                }
+            )
     return rows
 
 
 def draw(results: Results, figure: Figure) -> None:
-    """Draw the table: the darker a cell, the less y changed; what was expected, and both sizes stand in it."""
+    """Draw what was measured: the darker a cell, the less y changed; below stands what was expected.
+
+    A cell whose answer is another one is framed.
+    """
     ax = figure.subplots()
-    sizes = np.array([nearest(results.values("change", norm=norm, eps=0.0)) for norm in EXPECTED])
+    eps, agree = results.distinct("eps")[-1], 0
+    changes = {norm: results.values("change", norm=norm, eps=0.0) for norm in EXPECTED}
+    sizes = np.array([nearest(change) for change in changes.values()])
     shade = np.log10(np.maximum(sizes, 1e-17))
     mesh = ax.pcolormesh(shade, cmap="Blues_r", vmin=-17, vmax=1, edgecolors="white", linewidth=2)
     for i, (norm, expected) in enumerate(EXPECTED.items()):
         with_eps = nearest(_with_eps(results).values("change", norm=norm))
-        for j, yes in enumerate(expected.split()):
+        by = "published" if norm in PUBLISHED else "theory"
+        for j, (answer, wanted) in enumerate(zip(decided(changes[norm]), expected.split(), strict=True)):
             color = "white" if shade[i, j] < -8 else "black"
-            ax.text(j + 0.5, i + 0.5, yes, ha="center", va="bottom", fontsize=11, weight="bold", color=color)
-            text = f"{sizes[i, j]:.1g} | {with_eps[j]:.1g}"
-            ax.text(j + 0.5, i + 0.6, text, ha="center", va="top", fontsize=7.5, color=color)
+            agree += answer == wanted
+            if answer != wanted:
+                frame = Rectangle((j + 0.03, i + 0.03), 0.94, 0.94, fill=False, edgecolor="black", linewidth=3)
+                ax.add_patch(frame)
+            ax.text(j + 0.5, i + 0.42, answer, ha="center", va="bottom", fontsize=11, weight="bold", color=color)
+            text = f"{by}: {wanted}\n{sizes[i, j]:.1g} | {with_eps[j]:.1g}"
+            ax.text(j + 0.5, i + 0.46, text, ha="center", va="top", fontsize=7, color=color, linespacing=1.1)
     ax.axhline(len(PUBLISHED), color="black", linewidth=1.5)
     ax.set_xticks(np.arange(len(CHANGES)) + 0.5, [name.replace(" re-", "\nre-") for name in CHANGES], fontsize=8)
     ax.set_yticks(np.arange(len(EXPECTED)) + 0.5, list(EXPECTED))
@@ -268,11 +287,11 @@ def draw(results: Results, figure: Figure) -> None:
     ax.tick_params(length=0)
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
-    eps = results.distinct("eps")[-1]
     ax.set_xlabel(
-        f"yes, no: published, above the line; by theory, below it\nsmall: measured without eps | with eps = {eps:g}"
+        f"bold: whether y was invariant, measured; {agree} of {shade.size} answers agree with what stands below them\n"
+        f"numbers: the relative change of y without eps | with eps = {eps:g}"
     )
-    figure.colorbar(mesh, ax=ax, fraction=0.03, label="log10 of the relative change of y, without eps")
+    figure.colorbar(mesh, ax=ax, fraction=0.03, label="log10 of the relative change of y without eps")
 
 
 STUDY = Study(
@@ -285,5 +304,5 @@ STUDY = Study(
     claims=claims,
     table=table,
     draw=draw,
-    size=(7.2, 5.0),
+    size=(7.2, 5.4),
 )

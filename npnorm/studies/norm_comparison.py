@@ -1,10 +1,11 @@
-"""Four transformers with and without norms: as a teaching experiment has them, and with its data and model repaired.
+"""Four transformers with and without norms: as a teaching experiment has them, but smaller, and then repaired.
 
 The experiment is joyehuang/minimind-notes, 01-normalization, exp2_norm_comparison.py (2025): no norm, LayerNorm after
 and before the sub-layers, RMSNorm before them; 2 blocks, 4 heads, an MLP with ReLU; Adam without clipping.
 
     as written   each with its own learning rate, on random tokens: the target of a position is the token of the next.
-                 There is no mask, no layer knows where a token stands, and no norm stands before the head.
+                 There is no mask, no layer knows where a token stands, and no norm stands before the head. The full
+                 run is smaller: 128 wide in place of 256, 4 sequences in place of 16, 600 steps in place of 1000.
     repaired     a causal mask, learned positions, a norm before the head where none stands between the blocks, and
                  text; the four have the same first weights, the same data, and each of the learning rates.
 
@@ -32,9 +33,12 @@ from npnorm.studies.study import Cell, Claim, Results, Settings, Study
 from npnorm.training import Recipe
 from npnorm.transformer import Transformer
 
-SCRIPT = "minimind-notes, exp2_norm_comparison.py, 2025"
-TEXT = "minimind-notes, 01-normalization, teaching.md, 2025"
+SCRIPT = "minimind-notes, 01-normalization/exp2_norm_comparison.py, 2025"
+TEXT = "minimind-notes, 01-normalization/teaching.md, 2025, section 3"
 ASKED = "asked here"
+
+SMALLER = "as written, but smaller"
+"""What the part "as written" is called, which is smaller than the source."""
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], float]] = {
     "no norm": ({"placement": "none", "norm": "layer"}, 1e-4),
@@ -45,6 +49,9 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], float]] = {
 """Of each its settings, and its learning rate as written."""
 
 LOOK = {"no norm": LOOK_OF["none"], "Post-LN": LOOKS[2], "Pre-LN": LOOK_OF["LayerNorm"], "Pre-RMSNorm": LOOKS[1]}
+
+RING: dict[str, Any] = {"color": "black", "linestyle": "", "marker": "o", "markersize": 10, "markerfacecolor": "none"}
+"""Around the losses of runs that are capped."""
 
 DOCUMENTED = {"Post-LN": 3.5, "Pre-LN": 2.8, "Pre-RMSNorm": 2.7}
 """The last loss, as the teaching text has it; "no norm" is said to be not a number from about step 500 on."""
@@ -125,29 +132,63 @@ def best(results: Results, name: str) -> tuple[float, np.ndarray]:
     return results.settings["lrs"][i], losses[i]
 
 
+def capped(losses: np.ndarray, no_context: float) -> np.ndarray:
+    """Return which held-out losses are chance, the most that is counted: ln of how many characters there are.
+
+    Examples
+    --------
+    >>> capped(np.array([2.8, math.log(103), 4.5]), no_context=3.3)
+    array([False,  True, False])
+    """
+    characters = np.exp(losses)
+    return (losses > no_context) & (abs(characters - characters.round()) < 1e-4)  # a file has 7 digits
+
+
 def claims(results: Results) -> list[Claim]:
     """Return what is said of the four, with the numbers."""
     return written_claims(results) + repaired_claims(results)
 
 
 def written_claims(results: Results) -> list[Claim]:
-    """Return what is said of the experiment as written."""
+    """Return what is said of the experiment as written, but smaller."""
     some, lowest = results.where(part="as written"), floor(small.VOCABULARY, results.settings["length"])
     nan = diverged(some.where(configuration="no norm")).astype(float)
     last = {name: some.values("last loss", configuration=name) for name in CONFIGURATIONS}
     learned = math.log(small.VOCABULARY) - np.min(list(last.values()), axis=0)
-    best_possible = "the best possible loss, nats"
+    start = SMALLER.capitalize()
     return [
         Claim(
-            "As written, without norms the loss is NaN from about step 500 on.", TEXT, "share of the seeds", nan, 0.5
+            f"{start}, the network without norms has a loss of NaN from about step 500 on.",
+            TEXT,
+            "part of the seeds whose loss is not finite at some step",
+            nan,
+            low=0.5,
         ),
         *(
-            Claim(f"As written, {name} ends at about {loss}.", TEXT, "loss, nats", last[name], loss - 0.1, loss + 0.1)
+            Claim(
+                f"{start}, {name} ends at a loss of about {loss}.",
+                TEXT,
+                "training loss, mean of the last tenth of the steps, nats per token",
+                last[name],
+                loss - 0.1,
+                loss + 0.1,
+            )
             for name, loss in DOCUMENTED.items()
         ),
-        Claim("As written, a loss of 3.5 can be reached.", TEXT, best_possible, [lowest], high=3.5, exact=True),
         Claim(
-            "As written, the loss falls below chance here.", ASKED, "chance - the lowest of the four", learned, low=0.1
+            "As written, in any size, a loss of 3.5 can be reached.",
+            f"implied by {TEXT}, and by the data of the script",
+            "best possible loss on random tokens, nats per token",
+            [lowest],
+            high=3.5,
+            exact=True,
+        ),
+        Claim(
+            f"{start}, the loss of one of the four falls below chance.",
+            ASKED,
+            "chance, ln 1000, - lowest last loss of the four, nats per token",
+            learned,
+            low=0.1,
         ),
     ]
 
@@ -157,30 +198,59 @@ def repaired_claims(results: Results) -> list[Claim]:
     top = {name: largest_lr(results, name) for name in CONFIGURATIONS}
     all_four = np.mean([np.isfinite(lrs) for lrs in top.values()], axis=0)
     bare = np.isfinite(top["no norm"]).astype(float)
-    lr, ratio = "largest lr that trains", "largest lr that trains, {} / {}"
     loss = {name: best(results, name)[1] for name in CONFIGURATIONS}
-    difference = "{} - {}, each at its best lr, nats"
+    difference = "held-out loss, {} - {}, each at its best learning rate, nats per character"
     rms = loss["Pre-RMSNorm"] - loss["Pre-LN"]
 
     def tolerates(one: str, other: str, source: str) -> Claim:
-        says = f"{one} tolerates a larger lr than {other}."
+        than = "the network without norms" if other == "no norm" else other
         return Claim(
-            says, source, ratio.format(one, other), top[one] / top[other], low=2
-        )  # the next lr is 3 times larger
+            f"Repaired, {one} tolerates a larger learning rate than {than}.",
+            source,
+            f"largest learning rate that trains, {one} / {other}",
+            top[one] / top[other],
+            low=2,  # the next learning rate is 3 times larger
+        )
 
     return [
-        Claim("Repaired, all four learn.", ASKED, "share that trains with some lr", all_four, low=1),
-        Claim("Without norms it cannot be trained.", SCRIPT, "share of the seeds with an lr that trains", bare, high=0),
-        Claim("Post-LN needs an lr below 1e-4.", TEXT, lr, top["Post-LN"], high=1e-4),
-        tolerates("Pre-LN", "Post-LN", SCRIPT),
-        tolerates("Pre-LN", "no norm", TEXT),
-        tolerates("Pre-RMSNorm", "Pre-LN", TEXT),
         Claim(
-            "RMSNorm ends as low as LayerNorm.", SCRIPT, difference.format("Pre-RMSNorm", "Pre-LN"), rms, -SAME, SAME
+            "Repaired, all four learn.", ASKED, "part of the four that trains with some learning rate", all_four, low=1
         ),
-        Claim("RMSNorm ends 0.1 lower.", TEXT, difference.format("Pre-RMSNorm", "Pre-LN"), rms, -0.15, -SAME),
         Claim(
-            "With a norm the loss ends lower than without.",
+            "Repaired, the network without norms cannot be trained.",
+            f"{SCRIPT}, of the network as written",
+            "part of the seeds with a learning rate that trains",
+            bare,
+            high=0,
+        ),
+        Claim(
+            "Repaired, Post-LN needs a learning rate below 1e-4.",
+            f"{TEXT}, of the network as written",
+            "largest learning rate that trains",
+            top["Post-LN"],
+            high=1e-4,
+        ),
+        tolerates("Pre-LN", "Post-LN", f"{SCRIPT}, of the network as written"),
+        tolerates("Pre-LN", "no norm", f"{TEXT}, of the network as written"),
+        tolerates("Pre-RMSNorm", "Pre-LN", f"{TEXT}, of the network as written"),
+        Claim(
+            "Repaired, Pre-RMSNorm ends as low as Pre-LN.",
+            f"{SCRIPT}, of the network as written",
+            difference.format("Pre-RMSNorm", "Pre-LN"),
+            rms,
+            -SAME,
+            SAME,
+        ),
+        Claim(
+            "Repaired, Pre-RMSNorm ends 0.1 lower than Pre-LN.",
+            f"{TEXT}, of the network as written",
+            difference.format("Pre-RMSNorm", "Pre-LN"),
+            rms,
+            -0.15,
+            -SAME,
+        ),
+        Claim(
+            "Repaired, Pre-LN ends lower than the network without norms.",
             ASKED,
             difference.format("no norm", "Pre-LN"),
             loss["no norm"] - loss["Pre-LN"],
@@ -195,38 +265,51 @@ def table(results: Results) -> list[dict[str, str]]:
     for part, name in product(("as written", "repaired"), CONFIGURATIONS):
         some = results.where(part=part, configuration=name)
         if part == "as written":
-            lr, loss, span = CONFIGURATIONS[name][1], some.values("last loss"), ""
+            lr, loss, span, at_chance = CONFIGURATIONS[name][1], some.values("last loss"), "", ""
         else:
             lr, loss = best(results, name)
             lrs = [lr for lr in results.settings["lrs"] if some.values("trains", lr=lr).all()]
             span = f"{lrs[0]:g} to {lrs[-1]:g}" if lrs else "none"
+            (no_context,) = some.distinct("no context")
+            at = some.values("lr")[capped(some.values("held-out loss"), no_context)]
+            at_chance = f"{at.size} of {len(some.lines)} runs"
+            if at.size:
+                at_chance += f", at {', '.join(f'{lr:g}' for lr in sorted(set(at)))}"
         bad = diverged(some)
         first = f", first at step {some.values('finite steps')[bad].min()}" if bad.any() else ""
         rows.append(
             {
-                "part": part,
+                "part": SMALLER if part == "as written" else part,
                 "configuration": name,
                 "learning rate": f"{lr:g}" + " (the best)" * (part == "repaired"),
                 "loss, nats": f"{loss.mean():.3f} ± {loss.std(ddof=min(1, loss.size - 1)):.3f}",
-                "learning rates that train": span,
-                "loss not finite in": f"{bad.sum()} of {bad.size} runs{first}",
+                "rates that train": span,
+                "capped at chance": at_chance,
+                "loss not finite": f"{bad.sum()} of {bad.size} runs{first}",
             }
         )
     return rows
 
 
 def draw(results: Results, figure: Figure) -> None:
-    """Draw the loss by step as written, and the loss by learning rate repaired."""
+    """Draw the loss by step as written but smaller, and the loss by learning rate repaired, with a ring if capped."""
     left, right = figure.subplots(1, 2)
     _draw_written(results.where(part="as written"), left)
-    for name in CONFIGURATIONS:
-        right.plot(results.settings["lrs"], held_out(results, name).mean(axis=1), **LOOK[name])
     (no_context,) = results.distinct("no context")
+    rings = []
+    for name in CONFIGURATIONS:
+        lrs, losses = np.array(results.settings["lrs"]), held_out(results, name)
+        right.plot(lrs, losses.mean(axis=1), **LOOK[name])
+        some = capped(losses, no_context).any(axis=1)
+        if some.any():
+            rings = right.plot(lrs[some], losses[some].mean(axis=1), **RING)
     reference(right, no_context, "no context", left=True)
     reference(right, no_context - small.MARGIN, "trains below", left=True)
     right.set(title="repaired: text", xlabel="learning rate", xscale="log", xlim=(2e-5, 0.15))
-    right.set_ylabel("held-out loss (nats for each character)")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    right.set_ylabel("held-out loss, nats per character")
+    handles, labels = left.get_legend_handles_labels()
+    labels += ["capped at chance"] * len(rings)
+    figure.legend([*handles, *rings], labels, loc="outside lower center", ncols=5)
 
 
 def _draw_written(results: Results, ax: Axes) -> None:
@@ -242,7 +325,7 @@ def _draw_written(results: Results, ax: Axes) -> None:
     reference(ax, math.log(small.VOCABULARY), "chance, ln 1000 = 6.91", left=True, gap=-10)
     lowest = floor(small.VOCABULARY, results.settings["length"])
     reference(ax, lowest, f"best possible, {lowest:.2f}", left=True)
-    ax.set(title="as written: random tokens", xlabel="step", ylabel="loss (nats for each token)", ylim=(2.3, 7.7))
+    ax.set(title=f"{SMALLER}: random tokens", xlabel="step", ylabel="training loss, nats per token", ylim=(2.3, 7.7))
 
 
 STUDY = Study(

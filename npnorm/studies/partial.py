@@ -27,7 +27,8 @@ from npnorm.training import Recipe, evaluate, train
 from npnorm.transformer import Transformer
 from npnorm.tree import Layer, Tree
 
-SOURCE = "arXiv:1910.07467, section 5"
+PAPER = "Zhang and Sennrich 2019, arXiv:1910.07467"
+OURS = "npnorm, Partial RMSNorm, theory"
 PARTS = ("first", "random")
 OUTLIER = 10.0
 """How many times larger than the others the last feature is, where there is an outlier."""
@@ -130,73 +131,73 @@ def claims(results: Results) -> list[Claim]:
     trained, redrawn = (results.where(features="trained", part=which) for which in PARTS)
     loss, largest = (trained.values(name, k=n) for name in ("loss", "largest gradient"))
     alike = trained.values("first", k=n)[:, ks.index(part)] / error_of_rms(part, n)
-    as_well = 0.02  # nats for each character: what a reader of two curves sees
+    as_well = 0.02  # nats per character: what a reader of two curves sees
     return [
         Claim(
-            "The RMS of k normal features errs by the formula, about sqrt((1 - p) / (2 k)).",
-            "theory",
-            "error / that of the formula, p = 6.25 %",
+            "The RMS of k of n normal features errs by the formula, about sqrt((1 - p) / (2 k)).",
+            OURS,
+            f"error of the RMS / that of the formula, k = {part} of {n}",
             drawn.values("RMS", k=part) / error_of_rms(part, n),
             0.95,
             1.05,
         ),
         Claim(
-            "The gradient errs by the formula, about sqrt(3 (1 - p) / (2 k)).",
-            "theory",
-            "error / that of the formula, k = 32",
+            "The gradient errs by the formula, about sqrt(3 (1 - p) / (2 k)), for normal features.",
+            OURS,
+            f"error of the gradient / that of the formula, k = {k_of_paper} of {n}",
             drawn.values("gradient", k=k_of_paper) / error_of_gradient(k_of_paper, n),
             0.95,
             1.05,
         ),
         Claim(
-            "pRMSNorm's backward can make a gradient longer 1 / sqrt(p) times.",
-            "theory",
-            "median of the largest gain, p = 6.25 %",  # and t^2 has a median a little above 1
+            "pRMSNorm's backward can make a gradient longer by a factor of about 1 / sqrt(p).",
+            OURS,
+            f"median over rows of the largest gain, k = {part} of {n}, 1 / sqrt(p) = 4",
             drawn.values("gain", k=part),
             3,
-            5,
+            5,  # the median of t^2, in the gain, is a little above 1
         ),
         Claim(
-            f"An outlier {OUTLIER:.0f} times as large beyond the first half makes its RMS too small by a quarter.",
-            "theory",  # 1 - 1 / sqrt(1 + (10^2 - 1) / 128)
-            "error, p = 50 %",
+            f"Where the last feature is {OUTLIER:.0f} times larger, the RMS of the first half is a quarter too small.",
+            OURS,  # 1 - 1 / sqrt(1 + (10^2 - 1) / 128)
+            f"error of the RMS, k = {half} of {n}",
             outlier.values("RMS", k=half),
             0.2,
             0.3,
         ),
         Claim(
-            "The features of a trained transformer are so alike that the first k err as normal ones.",
-            SOURCE,
-            "error / that of the formula, p = 6.25 %",
+            "The features of a trained transformer are so alike that the RMS of the first k errs as of normal ones.",
+            f"implied by {PAPER}, section 5: features are often independent and identically distributed",
+            f"error of the RMS / that of the formula, k = {part} of {n}",
             alike,
             0.8,
             1.2,  # within a fifth
         ),
         Claim(
             "The gradient explodes with a small part.",
-            SOURCE,
-            "largest in training, k = 1 / k = n, powers of 10",
+            f"{PAPER}, section 5",
+            f"largest gradient in training, k = 1 / k = {n}, powers of 10",
             np.log10(trained.values("largest gradient", k=1) / largest),
             low=1,
         ),
         Claim(
             "6.25 % of the features do as well as all.",
-            "arXiv:1910.07467, section 6",
-            f"held-out loss of k = {part} - that of all, nats",
+            f"{PAPER}, section 6",
+            f"held-out loss, k = {part} - k = {n}, nats per character",
             trained.values("loss", k=part) - loss,
             high=as_well,
         ),
         Claim(
-            "As many features as 6.25 % of 512 do as well as all.",
-            "arXiv:1910.07467, section 6, taken by k",
-            f"held-out loss of k = {k_of_paper} - that of all, nats",
+            f"{k_of_paper} features, as many as 6.25 % of 512, do as well as all.",
+            f"implied by {PAPER}, section 6, if the number of features counts",
+            f"held-out loss, k = {k_of_paper} - k = {n}, nats per character",
             trained.values("loss", k=k_of_paper) - loss,
             high=as_well,
         ),
         Claim(
             "A part that is drawn anew in each forward pass does as well as the first k, since features are alike.",
-            f"{SOURCE}, from its assumption",
-            f"held-out loss, drawn - first, k = {part}, nats",
+            f"implied by {PAPER}, section 5, which takes features to be alike",
+            f"held-out loss, drawn anew - first k, k = {part}, nats per character",
             redrawn.values("loss", k=part) - trained.values("loss", k=part),
             high=as_well,
         ),
@@ -259,7 +260,7 @@ def draw(results: Results, figure: Figure) -> None:
         spread = abs(np.array([losses.min(axis=1), losses.max(axis=1)]) - mean)
         right.errorbar(some.distinct("k"), mean, spread, label=label, capsize=3, **look)
     reference(right, results.values("loss", features="trained", part="first", k=n).mean(), " all features", left=True)
-    right.set(ylabel="held-out loss, nats for each character")
+    right.set(ylabel="held-out loss, nats per character")
     right.legend()
     for ax in (left, right):
         ticks = results.settings["k"]
@@ -294,9 +295,9 @@ STUDY = Study(
         "trained random": [8],
         "depth": 1,
         "batch": 4,
-        "length": 32,
-        "steps": 20,
-        "held out": 2048,
+        "length": 16,
+        "steps": 10,
+        "held out": 1024,
         "seeds": 2,
     },
     cells=cells,

@@ -23,7 +23,7 @@ from npnorm.studies.recurrent_model import NORMS, hidden_to_hidden, language_mod
 from npnorm.studies.small_transformers import text
 from npnorm.studies.study import Cell, Claim, Results, Settings, Study
 
-PAPER = "Zhang and Sennrich 2019"
+PAPER = "Zhang and Sennrich 2019, arXiv:1910.07467"
 
 RUNS = {
     "paper": ("none", *NORMS),
@@ -34,7 +34,7 @@ RUNS = {
 """By the start, what is trained from it."""
 
 COMPARABLE = 0.05
-"""Nats: losses that differ by less count as the same, as in `norm_comparison`."""
+"""Nats per character: losses that differ by less count as the same, as in `norm_comparison`."""
 
 POSITIONS = ("1", "2", "3", "4", "ALL")
 TABLE_5 = {
@@ -122,7 +122,8 @@ def claims(results: Results) -> list[Claim]:
     section, figure, table_1, table_5 = (
         f"{PAPER}, {place}" for place in ("section 6.1", "figure 4", "table 1", "table 5")
     )
-    to_baseline = "part of the steps after which it is as low as the baseline at the end"
+    to_baseline = "part of the steps after which the held-out loss is as low as the baseline's at the end"
+    steady = "std of what h gives to the gates, largest / smallest of positions 1 to 4"
     both = ("LayerNorm", "RMSNorm")
     off = {norm: curves(results, "centre 0.2", norm) for norm in both}
     paper = results.where(start="paper", lr=results.settings["lr"])
@@ -133,7 +134,7 @@ def claims(results: Results) -> list[Claim]:
             Claim(
                 f"{norm} reaches a quality comparable to LayerNorm.",
                 section,
-                f"held-out loss, {norm} - LayerNorm, nats",
+                f"held-out loss, {norm} - LayerNorm, nats per character",
                 last["paper", norm] - last["paper", "LayerNorm"],
                 -COMPARABLE,
                 COMPARABLE,
@@ -142,9 +143,9 @@ def claims(results: Results) -> list[Claim]:
         ),
         *(
             Claim(
-                f"{norm} improves on the baseline.",
+                f"{norm} improves on the baseline, which has no norm.",
                 section,
-                f"held-out loss, baseline - {norm}, nats",
+                f"held-out loss, no norm - {norm}, nats per character",
                 last["paper", "none"] - last["paper", norm],
                 low=0,
             )
@@ -163,87 +164,93 @@ def claims(results: Results) -> list[Claim]:
         ),
         *(
             Claim(
-                f"{norm} accelerates convergence{addition}.",
+                f"{norm} accelerates convergence from {first} first weights.",
                 source,
                 to_baseline,
                 shares(results, start, norm),
                 high=0.9,  # what less saves is hardly seen in two curves
             )
-            for start, addition, source in (
-                ("paper", "", section),
-                ("larger", " from larger first weights, too", "asked here"),
+            for start, first, source in (
+                ("paper", "the paper's", section),
+                ("larger", "larger", "asked here"),
             )
             for norm in both
         ),
         Claim(
             "With weights centred at 0.2, LayerNorm becomes very unstable.",
             figure,
-            "its largest rise from one held-out loss to the next, nats",
+            "largest rise from one held-out loss to the next, nats per character",
             np.diff(off["LayerNorm"], axis=1).max(axis=1),
             low=0.1,  # a rise that is seen; the paper's score falls by several points
         ),
         Claim(
-            "With them, RMSNorm is similarly robust as LayerNorm, or more.",
+            "With weights centred at 0.2, RMSNorm is at least as robust as LayerNorm.",
             figure,
-            "held-out loss, RMSNorm - LayerNorm, nats",
+            "held-out loss, RMSNorm - LayerNorm, nats per character",
             last["centre 0.2", "RMSNorm"] - last["centre 0.2", "LayerNorm"],
             high=COMPARABLE,
         ),
         *(
             Claim(
-                f"With them, {norm} underperforms the original initialization.",
+                f"With weights centred at 0.2, {norm} ends higher than with the original first weights.",
                 figure,
-                "held-out loss, centre 0.2 - centre 0, nats",
+                f"held-out loss with {norm}, centre 0.2 - centre 0, nats per character",
                 last["centre 0.2", norm] - last["paper", norm],
                 low=0,
             )
             for norm in both
         ),
         Claim(
-            "LayerNorm is invariant to re-centring the weights that it acts on: the same training.",
-            table_1,
-            "held-out loss, centre 0.2 in the GRU - centre 0, nats",
+            "LayerNorm trains the same when the weights that it acts on are centred at 0.2.",
+            f"implied by {table_1}: it is invariant to re-centring the weight matrix",
+            "held-out loss with LayerNorm, centre 0.2 in the GRU - centre 0, nats per character",
             last["centre 0.2, GRU", "LayerNorm"] - last["paper", "LayerNorm"],
             -COMPARABLE,
             COMPARABLE,
         ),
         Claim(
-            "RMSNorm is not.",
-            table_1,
-            "held-out loss, centre 0.2 in the GRU - centre 0, nats",
+            "RMSNorm does not train the same when the weights that it acts on are centred at 0.2, but ends higher.",
+            f"implied by {table_1}: it is not invariant to re-centring the weight matrix",
+            "held-out loss with RMSNorm, centre 0.2 in the GRU - centre 0, nats per character",
             last["centre 0.2, GRU", "RMSNorm"] - last["paper", "RMSNorm"],
             low=COMPARABLE,
         ),
         Claim(
-            "The standard deviation of the hidden-to-hidden mapping is unstable in the baseline.",
+            "Without a norm the standard deviation of the hidden-to-hidden mapping is unstable over the positions.",
             table_5,
-            "largest / smallest, positions 1 to 4",
+            steady,
             unsteady["none"],
             low=2,  # between 3.2 without a norm and 1.3 with one, which the table has
         ),
         *(
-            Claim(f"{norm} stabilizes it.", table_5, "largest / smallest, positions 1 to 4", unsteady[norm], high=1.3)
+            Claim(
+                f"With {norm} the standard deviation of the hidden-to-hidden mapping is stable over the positions.",
+                table_5,
+                steady,
+                unsteady[norm],
+                high=1.3,
+            )
             for norm in both
         ),
         Claim(
-            "The mean is more stable with RMSNorm than in the baseline, although it is not normalized.",
+            "The mean of the hidden-to-hidden mapping is more stable with RMSNorm than without a norm.",
             table_5,
-            "largest - smallest, positions 1 to 4: RMSNorm - baseline",
+            "mean of what h gives to the gates, largest - smallest of positions 1 to 4: RMSNorm - no norm",
             np.ptp(mean["RMSNorm"][:, :4], axis=1) - np.ptp(mean["none"][:, :4], axis=1),
             high=0,
         ),
         Claim(
-            "RMSNorm's mean is near LayerNorm's, although it does not centre.",
+            "The mean of the hidden-to-hidden mapping with RMSNorm is near that with LayerNorm, which centres.",
             table_5,
-            "RMSNorm - LayerNorm, all positions",
+            "mean of what h gives to the gates, over all positions, RMSNorm - LayerNorm",
             mean["RMSNorm"][:, 4] - mean["LayerNorm"][:, 4],
             -0.25,  # 0.22 in the table
             0.25,
         ),
         Claim(
-            "RMSNorm's standard deviation is LayerNorm's.",
+            "The standard deviation of the hidden-to-hidden mapping with RMSNorm is that with LayerNorm.",
             table_5,
-            "RMSNorm / LayerNorm, all positions",
+            "std of what h gives to the gates, over all positions, RMSNorm / LayerNorm",
             std["RMSNorm"][:, 4] / std["LayerNorm"][:, 4],
             0.9,
             1.1,
@@ -267,7 +274,7 @@ def table(results: Results) -> list[dict[str, str]]:
                         "norm": norm,
                         "learning rate": f"{lr:g}",
                         "held-out loss, nats": f"{loss.mean():.3f} ± {loss.std(ddof=1) if loss.size > 1 else 0:.3f}",
-                        "as low as none after": "" if math.isnan(share) else f"{100 * share:.0f} % of the steps",
+                        "as low as no norm after": "" if math.isnan(share) else f"{100 * share:.0f} % of the steps",
                         "largest rise, nats": f"{np.diff(curve, axis=1).max(axis=1).mean():.2g}",
                         "finite steps": f"{finite.min()}",
                     }
@@ -304,7 +311,7 @@ def draw(results: Results, figure: Figure) -> None:
     ):
         _draw_losses(results, ax, starts)
         ax.sharey(axes[0][0])
-        ax.set(title=title, xlabel="step", ylabel="held-out loss\n(nats for each character)")
+        ax.set(title=title, xlabel="step", ylabel="held-out loss,\nnats per character")
     _draw_positions(results.where(start="paper", lr=results.settings["lr"]), axes[1][1])
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
@@ -314,9 +321,8 @@ def _draw_losses(results: Results, ax: Axes, starts: list[str]) -> None:
         for norm in RUNS[start]:
             curve = curves(results, start, norm).mean(axis=0)[1:]
             at = np.arange(1, len(curve) + 1) * results.settings["every"]
-            ax.plot(
-                at, curve, label=norm, markevery=2, **(LOOK_OF[norm] | (THIN if start == "centre 0.2, GRU" else {}))
-            )
+            look = LOOK_OF[norm] | (THIN if start == "centre 0.2, GRU" else {})
+            ax.plot(at, curve, label="no norm" if norm == "none" else norm, markevery=2, **look)
 
 
 def _draw_positions(results: Results, ax: Axes) -> None:

@@ -2,15 +2,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from npnorm.studies.invariance import (
     CHANGES,
     EXPECTED,
     NORMS,
     SCALE,
+    SHORT,
     both_passes,
     claims,
     decided,
+    draw,
     measure,
     nearest,
     table,
@@ -74,7 +77,7 @@ def test_an_answer_that_differs_from_the_table_is_seen(change, size, quick):
         claim.says: dataclasses.asdict(claim) | {"verdict": claim.verdict}
         for claim in claims(results._replace(lines=lines))
     }
-    (says,) = [says for says in of if says.startswith("Of the six changes, RMSNorm")]
+    (says,) = [says for says in of if says.startswith("RMSNorm is invariant")]
     assert (of[says]["verdict"], list(of[says]["values"])) == (Verdict.FAILS, [5] * 3)
 
 
@@ -100,7 +103,18 @@ def test_gradients_go_with_the_scales_as_the_invariances_say(quick):
             np.testing.assert_allclose(by_x, 0 if expected.split()[3] == "yes" else 1, atol=1e-12)
 
 
-def test_the_table_has_a_line_for_each_norm(quick):
+def test_the_table_has_a_line_without_eps_and_one_with_it_for_each_norm(quick):
     rows = table(quick("invariance")[0])
-    assert [row["norm"] for row in rows] == list(EXPECTED)
-    assert all(row[change].startswith(("yes ", "no ")) for row in rows for change in CHANGES)
+    assert [(row["norm"], row["eps"]) for row in rows] == [(name, eps) for name in EXPECTED for eps in ("0", "1e-05")]
+    assert all(row[change].startswith(("yes ", "no ")) for row in rows[::2] for change in SHORT.values())
+    assert all(float(row[change]) < 3 for row in rows[1::2] for change in SHORT.values())
+
+
+def test_the_picture_frames_answers_that_differ(quick):
+    results = quick("invariance")[0]
+    lines = [dict(line, change=[1e-16] * len(CHANGES)) if line["norm"] == "DyT" else line for line in results.lines]
+    for some, framed in ((results, 0), (results._replace(lines=lines), len(CHANGES))):
+        figure = Figure()
+        draw(some, figure)
+        assert len(figure.axes[0].patches) == framed
+        assert f"{48 - framed} of 48 answers agree" in figure.axes[0].get_xlabel()

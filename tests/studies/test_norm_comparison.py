@@ -3,8 +3,9 @@ from itertools import product
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from npnorm.studies.norm_comparison import CONFIGURATIONS, diverged, floor, largest_lr
+from npnorm.studies.norm_comparison import CONFIGURATIONS, capped, diverged, draw, floor, largest_lr, table
 from npnorm.studies.small_transformers import VOCABULARY
 from npnorm.studies.study import Results, Verdict
 
@@ -20,7 +21,7 @@ def test_the_floor_is_the_loss_of_guessing_among_the_other_tokens(vocabulary, le
 
 
 def test_the_documented_losses_are_below_the_floor(verdicts):
-    assert verdicts("norm_comparison")["As written, a loss of 3.5 can be reached."] == Verdict.FAILS
+    assert verdicts("norm_comparison")["As written, in any size, a loss of 3.5 can be reached."] == Verdict.FAILS
 
 
 def test_as_written_the_losses_are_near_chance(quick):
@@ -48,3 +49,22 @@ def test_a_learning_rate_trains_up_to_the_largest():
     np.testing.assert_array_equal(largest_lr(results, "a"), [1.0, 0.1])
     never = results._replace(lines=[{**line, "trains": False} for line in lines])
     np.testing.assert_array_equal(largest_lr(never, "a"), [math.nan, math.nan])
+
+
+def test_losses_that_are_chance_are_capped_and_others_are_not():
+    losses = np.array([[2.8, math.log(103), 4.5], [math.log(20), round(math.log(97), 6), 5.0]])
+    np.testing.assert_array_equal(capped(losses, 3.3), [[False, True, False], [False, True, False]])
+
+
+def test_runs_that_are_capped_are_counted_in_the_table_and_ringed_in_the_picture(quick):
+    results = quick("norm_comparison")[0]
+    lines = [dict(line) for line in results.lines]
+    for line in lines:
+        if line["part"] == "repaired":
+            line["held-out loss"] = math.log(103) if line["configuration"] == "Post-LN" and line["lr"] == 0.1 else 2.5
+    results = results._replace(lines=lines)
+    counts = {row["configuration"]: row["capped at chance"] for row in table(results) if row["part"] == "repaired"}
+    assert counts == dict.fromkeys(CONFIGURATIONS, "0 of 2 runs") | {"Post-LN": "1 of 2 runs, at 0.1"}
+    figure = Figure()
+    draw(results, figure)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*CONFIGURATIONS, "capped at chance"]

@@ -79,7 +79,7 @@ def test_from_the_start_of_the_paper_norms_learn_faster_at_the_same_learning_rat
 
 def test_layer_norm_trains_the_same_when_its_weights_are_off_centre_and_rms_norm_does_not(results, verdicts):
     of = verdicts("recurrent")
-    says = "LayerNorm is invariant to re-centring the weights that it acts on: the same training."
+    says = "LayerNorm trains the same when the weights that it acts on are centred at 0.2."
     assert of[says] == Verdict.HOLDS
     differences = {
         norm: results.values("curve", start="centre 0.2, GRU", norm=norm)
