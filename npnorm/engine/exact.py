@@ -1,7 +1,7 @@
 """The exact evaluation of a formula: float64 arrays, rows scaled where their squares leave the range, one rounding.
 
-* float64 holds the square of any float32, so that float32, float16 and bfloat16 come out correctly rounded over their
-  whole range.
+* float64 holds the square of any float32, so that over the whole range of float32, float16 and bfloat16 the error is
+  that of one rounding, beside the largest number of the row.
 * A norm does not see the scale of a row: z(x, eps) = z(x / 2^k, eps / 4^k). Rows whose squares leave the range are
   handed to the formula divided by a power of two, which is exact; so are rows of dy, in which backward is linear.
 * Sums are pairwise, and cancellation is undone where it is found (`npnorm.engine.cancellation`).

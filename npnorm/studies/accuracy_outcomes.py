@@ -21,7 +21,7 @@ from npnorm.conformance.problems import Problem
 from npnorm.studies.study import Results
 
 NEAREST = 0.51
-"""Ulps of a result that is correctly rounded: 0.5, and a margin for a few near-ties."""
+"""Ulps of the exact result, rounded once: 0.5, and a margin for near-ties and for elements far below the largest."""
 
 FLOAT64 = 8.0
 """Ulps that npnorm allows itself in float64, where there is no wider precision to compute in."""

@@ -1,6 +1,6 @@
 """What does RMSNorm lose in float16 and bfloat16? By the size of x, by the order of the casts, and in training.
 
-Three parts, of which `part` of a cell says which it is:
+The size of x is the root mean square of a row. There are three parts, of which `part` of a cell says which it is:
 
     range    the error of y by the size of x, over the range of the dtype: half_precision_range.py
     orders   the error of y, dx and dw by the order of the casts, for x of size 1, in ulps of the 16 bits
@@ -19,6 +19,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from npnorm import CastRMSNorm
@@ -26,27 +27,17 @@ from npnorm.config import Config, init
 from npnorm.conformance import textbook
 from npnorm.conformance.ulps import unit
 from npnorm.studies import half_precision_range
-from npnorm.studies.half_precision_norms import FORMS, InHalf
-from npnorm.studies.half_precision_range import ISSUE
-from npnorm.studies.study import Cell, Claim, Results, Settings, Study
+from npnorm.studies.half_precision_claims import claims
+from npnorm.studies.half_precision_norms import FORMS, HALVES, ORDERS, InHalf
+from npnorm.studies.half_precision_range import LABELS, RANGES, WRONG, errors, scales
+from npnorm.studies.study import Cell, Results, Settings, Study
 from npnorm.training import Characters, Recipe, evaluate, language_reference, train
 from npnorm.training.text import split
 from npnorm.transformer import Transformer
 from npnorm.tree import Tree
 
-PROMOTED = "MiniMind, issue 665"
-TWICE = "PyTorch, pull request 147203"
-MIXED = "Micikevicius et al., Mixed Precision Training, arXiv:1710.03740"
-NAN = "implied by minimind-notes, 01-normalization, quiz.md, question 6"
-ASKED = "asked here"
-
-HALVES = ("float16", "bfloat16")
-ORDERS = ("generation 1", "generation 2", "generation 3", "llama", "olmo2", "gemma")
 TRAINED = {1.0: ("generation 1", "llama", "olmo2", "gemma"), 1e4: ("generation 1", "olmo2")}
 """By how much the first embedding, of N(0, 0.02^2), is larger."""
-
-SAME = 0.02
-"""Nats: losses that differ by less count as the same; chosen before the first run."""
 
 
 def cells(settings: Settings) -> list[Cell]:
@@ -126,45 +117,26 @@ def _text() -> tuple[np.ndarray, np.ndarray, int]:
     return *split(characters.encode(text), 1000), characters.size
 
 
-def claims(results: Results) -> list[Claim]:
-    """Return what is said of 16 bits, with the numbers."""
-    found = half_precision_range.claims(results)
-    for dtype in HALVES:
-        y = {form: results.values("y", part="orders", dtype=dtype, form=form) for form in ORDERS}
-        bits = results.values("bits", part="orders", dtype=dtype, form="generation 2")
-        squares, order = y["generation 1"] / y["generation 3"], y["llama"] / y["gemma"]
-        found += [
-            Claim(f"Generation 2 makes float32 of {dtype}.", PROMOTED, "bits of y", bits, 32, 32, exact=True),
-            Claim(f"Squares in {dtype} are less precise.", ISSUE, "error of y, generation 1 / 3", squares, low=1),
-            Claim(f"Casting {dtype} before w is less precise.", TWICE, "error of y, llama / gemma", order, low=1),
-        ]
+def table(results: Results) -> list[dict[str, str]]:
+    """Return a line for each dtype, eps and form: the error of y at size 1, and the sizes where it is below 1 %."""
+    n, rows = half_precision_range.features(results), []
+    for dtype, eps in RANGES:
+        for form, label in LABELS.items():
+            row = {"dtype": dtype, "eps": f"{eps:g}", "form": label}
+            for some in results.settings["features"]:
+                error = errors(results, dtype, form, eps, some)[:, scales(dtype) == 0]
+                row[f"error of y at size 1, n = {some} (%)"] = f"{100 * error.mean():.2g}"
+            right = scales(dtype)[errors(results, dtype, form, eps).max(axis=0) <= WRONG]
+            ends = [f"2^{right[i]}" if right.size else "nowhere" for i in (0, -1)]
+            row[f"n = {n}: below 1 % from size"], row["to size"] = ends
+            rows.append(row)
+    return rows
 
-    def loss(gain: float, dtype: str, form: str) -> np.ndarray:
-        return results.values("loss", part="train", gain=gain, dtype=dtype, form=form)
 
-    def same(says: str, source: str, one: np.ndarray, other: np.ndarray) -> Claim:
-        return Claim(says, source, "difference of the losses, nats", one - other, -SAME, SAME)
-
-    plain = loss(1.0, "float32", "plain")
-    for dtype in HALVES:
-        first, llama, last = (loss(1.0, dtype, form) for form in ("generation 1", "llama", "olmo2"))
-        found += [
-            same(f"With norms in {dtype} it trains as in float32.", MIXED, last, plain),
-            same(f"With {dtype}, casting before w or after gives the same loss.", ASKED, llama, last),
-            same(f"With small activations, squares in {dtype} give the same loss.", ASKED, first, last),
-        ]
-    plain, up_cast, squares = (
-        loss(1e4, *which) for which in (("float32", "plain"), ("float16", "olmo2"), ("bfloat16", "generation 1"))
-    )
-    lost = results.where(part="train", gain=1e4, dtype="float16", form="generation 1")
-    share, stops = lost.values("loss") / lost.values("chance"), lost.values("finite steps") < results.settings["steps"]
-    return [
-        *found,
-        Claim("At size 200, squares in float16 learn nothing.", "theory", "loss / that of chance", share, 0.999, 1.001),
-        Claim("At size 200, squares in float16 make the loss NaN.", NAN, "share of seeds", stops, low=1, exact=True),
-        same("At size 200, float16 with statistics in float32 trains as float32.", ISSUE, up_cast, plain),
-        same("At size 200, squares in bfloat16 train as float32.", "theory", squares, plain),
-    ]
+def draw(results: Results, figure: Figure) -> None:
+    """Draw the error of y by the size of x, and say of how many features."""
+    half_precision_range.draw(results, figure)
+    figure.suptitle(f"RMSNorm of rows of {half_precision_range.features(results)} features", fontsize="medium")
 
 
 def more_tables(results: Results) -> dict[str, str]:
@@ -181,11 +153,11 @@ def more_tables(results: Results) -> dict[str, str]:
     for gain, dtype, form in dict.fromkeys((line["gain"], line["dtype"], line["form"]) for line in trained.lines):
         some = trained.where(gain=gain, dtype=dtype, form=form)
         beside = 1000 * (some.values("loss") - trained.values("loss", gain=gain, form="plain"))
-        row = {"activations": f"{0.02 * gain:g}", "dtype": dtype, "form": form}
+        row = {"size of activations": f"{0.02 * gain:g}", "dtype": dtype, "form": form}
         row["loss (nats)"] = f"{some.values('loss').mean():.3f}"
-        row["beside float32 (0.001 nats)"] = f"{beside.mean():+.1f}"
-        row["from"], row["to"] = f"{beside.min():+.1f}", f"{beside.max():+.1f}"
-        row["finite steps"] = str(some.values("finite steps").min())
+        row["mean difference from float32 (0.001 nats)"] = f"{beside.mean():+.1f}"
+        row["smallest of the seeds"], row["largest of the seeds"] = f"{beside.min():+.1f}", f"{beside.max():+.1f}"
+        row["steps with finite numbers"] = str(some.values("finite steps").min())
         losses.append(row)
     return {
         name: tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
@@ -195,7 +167,7 @@ def more_tables(results: Results) -> dict[str, str]:
 
 STUDY = Study(
     shows="what RMSNorm loses in float16 and bfloat16, by the size of x and the order of its casts",
-    minutes=10,
+    minutes=20,
     full={
         "features": [512, 4096],
         "rows": 8,
@@ -223,8 +195,8 @@ STUDY = Study(
     cells=cells,
     measure=measure,
     claims=claims,
-    table=half_precision_range.table,
-    draw=half_precision_range.draw,
+    table=table,
+    draw=draw,
     parts=more_tables,
     packages=("ml_dtypes",),
     size=(7.4, 3.8),

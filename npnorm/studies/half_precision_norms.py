@@ -23,6 +23,10 @@ from npnorm.tree import Layer, Tree
 
 WIDE = np.float32
 
+HALVES = ("float16", "bfloat16")
+ORDERS = ("generation 1", "generation 2", "generation 3", "llama", "olmo2", "gemma")
+"""The orders of the casts that are compared."""
+
 
 def mean(a: np.ndarray, sums: Any) -> np.ndarray:
     """Return the mean of each row in the dtype of a; its partial sums, one element after the other, are in `sums`.

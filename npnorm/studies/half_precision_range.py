@@ -12,7 +12,6 @@ eps does not cover it. float32 has the M and t of bfloat16 but for the digits, a
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -22,14 +21,7 @@ from matplotlib.figure import Figure
 from npnorm.conformance import textbook
 from npnorm.plotting import LOOKS, REFERENCE
 from npnorm.studies.half_precision_norms import FORMS
-from npnorm.studies.study import Cell, Claim, Results, Settings
-
-QUIZ = "minimind-notes, 01-normalization, quiz.md, question 5"
-NOTES = "minimind-notes, 01-normalization, teaching.md"
-GUIDE = "minimind-notes, 01-normalization, code_guide.md"
-ISSUE = "MiniMind, issue 301"
-IMPLIED = f"implied by {QUIZ}"
-OVERFLOW = "theory; PyTorch, pull request 133085"
+from npnorm.studies.study import Cell, Results, Settings
 
 RANGES = (("float16", 1e-5), ("float16", 1e-8), ("bfloat16", 1e-5))
 """The dtypes, and eps."""
@@ -129,57 +121,6 @@ def first_lost(results: Results, dtype: str, form: str) -> np.ndarray:
 def share_wrong(error: np.ndarray, dtype: str, below: float = math.inf) -> np.ndarray:
     """Return for each seed the share of the scales up to a root mean square where y is wrong."""
     return np.mean(error[:, np.exp2(scales(dtype)) <= below] > WRONG, axis=1)
-
-
-def claims(results: Results) -> list[Claim]:
-    """Return what is said of the range, with the numbers."""
-    n, fewer = features(results), results.settings["features"][0]
-    of, lost = partial(errors, results), partial(first_lost, results)
-    squares = [results.values("tiny", part="range", dtype=dtype) for dtype in ("float16", "bfloat16")]
-    wide = [share_wrong(of(dtype, "generation 3"), dtype) for dtype in ("float16", "bfloat16")]
-    npnorm = [share_wrong(of(dtype, "npnorm", eps), dtype) for dtype, eps in RANGES]
-    tiny = [share_wrong(of(dtype, "generation 1", eps), dtype, vanishing(dtype)) for dtype, eps in RANGES]
-    layer, rms = (
-        share_wrong(of("float16", form, 1e-8, fewer), "float16", below=1)
-        for form in ("LayerNorm in the dtype", "in the dtype")
-    )
-    narrow, summed = (of("bfloat16", form)[:, scales("bfloat16") == 0] for form in ("in the dtype", "generation 1"))
-    wider = lost("bfloat16", "generation 3") / lost("bfloat16", "generation 1")
-    squared, in_half = lost("float16", "generation 1"), lost("float16", "in the dtype")
-    limit = overflow("float16", n)
-    off = "share of scales where y is off by > 1 %"
-    where_zero, more = f"{off} and x^2 is 0", f"{off}, up to 1, LayerNorm - RMSNorm"
-    size, at_one = "root mean square of x, in steps of 2", "error / largest y, x of size 1"
-    return [
-        Claim("The square of 1e-4 is 0 in float16.", ISSUE, "square", squares[0], high=0, exact=True),
-        Claim("The square of 1e-4 is 0 in bfloat16.", IMPLIED, "square", squares[1], high=0, exact=True),
-        Claim("float16 loses small x by underflow (eps = 1e-5).", QUIZ, where_zero, tiny[0], low=0.5),
-        Claim("float16 loses small x by underflow (eps = 1e-8).", GUIDE, where_zero, tiny[1], low=0.5),
-        Claim("bfloat16 loses small x by underflow (eps = 1e-5).", QUIZ, where_zero, tiny[2], low=0.5),
-        Claim("In float16 LayerNorm underflows more than RMSNorm (eps = 1e-8).", NOTES, more, layer - rms, low=0.05),
-        Claim("Squares in float16 lose y where an x reaches 256.", OVERFLOW, size, squared, 256 / 4, 256 / 2),
-        Claim(f"A sum of {n} in float16 loses y beyond {limit:.3g}.", "theory", size, in_half, limit, 2 * limit),
-        Claim("With statistics in float32 all of float16 is right.", IMPLIED, off, wide[0], high=0, exact=True),
-        Claim("With statistics in float32 all of bfloat16 is right.", IMPLIED, off, wide[1], high=0, exact=True),
-        Claim("float32 widens the range of bfloat16.", IMPLIED, "first x that is lost, with / without", wider, low=2),
-        Claim("npnorm is right over both ranges.", "docs/precision.md", off, np.ravel(npnorm), high=0, exact=True),
-        Claim(f"A sum of {n} in bfloat16 costs more than 10 %.", "theory", at_one, narrow.ravel(), low=0.1),
-        Claim("Squares in bfloat16, summed in float32, cost at most 1 %.", "theory", at_one, summed.ravel(), high=0.01),
-    ]
-
-
-def table(results: Results) -> list[dict[str, str]]:
-    """Return a line for each dtype, eps and form: the error for x of size 1, and where it is below 1 %."""
-    rows = []
-    for dtype, eps in RANGES:
-        for form, label in LABELS.items():
-            one = {n: errors(results, dtype, form, eps, n)[:, scales(dtype) == 0] for n in results.settings["features"]}
-            right = scales(dtype)[errors(results, dtype, form, eps).max(axis=0) <= WRONG]
-            row = {"dtype": dtype, "eps": f"{eps:g}", "form": label}
-            row |= {f"error, n = {n} (%)": f"{100 * error.mean():.2g}" for n, error in one.items()}
-            ends = [f"2^{right[i]}" if right.size else "nowhere" for i in (0, -1)]
-            rows.append(row | dict(zip(("below 1 % from", "to"), ends, strict=True)))
-    return rows
 
 
 def draw(results: Results, figure: Figure) -> None:

@@ -26,7 +26,7 @@ from npnorm.studies.speed_networks import NORMS, Passes, Sizes
 from npnorm.studies.speed_timing import interleaved, one_thread
 from npnorm.studies.study import Cell, Claim, Results, Settings, Study
 
-SOURCE = "arXiv:1910.07467"
+SOURCE = "Zhang and Sennrich 2019, arXiv:1910.07467"
 WITH_TORCH = ("torch", "torch, written out")
 IMPLEMENTATIONS = ("npnorm", *(WITH_TORCH if find_spec("torch") else ()))
 OTHERS = tuple(name for name in NORMS if name != "LayerNorm")
@@ -90,26 +90,26 @@ def claims(results: Results) -> list[Claim]:
     whole, partial = ([saved(table)[name] for table in PAPER] for name in ("RMSNorm", FIRST))
     found = [
         Claim(
-            "RMSNorm saves up to 64 % of LayerNorm's time.",
-            f"{SOURCE}, abstract; minimind-notes, 01-normalization",
-            "the most that it saves in the paper's tables",
+            "In the paper's tables RMSNorm saves up to 64 % of LayerNorm's time.",
+            f"{SOURCE}, abstract; minimind-notes, 01-normalization, README.md",
+            "largest share of LayerNorm's time that RMSNorm saves in a table",
             [max(whole)],
             0.635,  # 64 %, rounded
             0.645,
             exact=True,
         ),
         Claim(
-            "It saves 7 % at least.",
+            "In the paper's tables RMSNorm saves at least 7 % of LayerNorm's time.",
             f"{SOURCE}, abstract",
-            "the least that it saves in the paper's tables",
+            "smallest share of LayerNorm's time that RMSNorm saves in a table",
             [min(whole)],
             low=0.065,  # 7 %, rounded
             exact=True,
         ),
         Claim(
-            "The largest of the paper's percentages is a speed-up of 64 %.",
-            f"{SOURCE}, section 1: a speed-up of 7 to 64 %",
-            "t(LayerNorm) / t(pRMSNorm) - 1 in table 8",
+            "The largest of the paper's percentages, of pRMSNorm in table 8, is a speed-up of 64 %.",
+            f"{SOURCE}, section 1",
+            "speed-up in table 8: t(LayerNorm) / t(pRMSNorm) - 1",
             [1 / (1 - max(partial)) - 1],
             0.635,
             0.645,
@@ -117,8 +117,8 @@ def claims(results: Results) -> list[Claim]:
         ),
         Claim(
             "pRMSNorm saves more than RMSNorm in each of the paper's tables.",
-            "expected, since it measures less; the paper denies it in section 6.1",
-            "the least of saved by pRMSNorm - by RMSNorm",
+            f"implied by {SOURCE}, section 6.1, which says so of theory, and not of practice",
+            "share of LayerNorm's time that pRMSNorm saves less that of RMSNorm, smallest of the tables",
             [min(p - w for p, w in zip(partial, whole, strict=True))],
             low=0,
             exact=True,
@@ -131,13 +131,13 @@ def claims(results: Results) -> list[Claim]:
 
 def _claims_of(implementation: str, results: Results) -> list[Claim]:
     """Return what is said of the time in one implementation."""
-    networks, share = results.distinct("network"), "of LayerNorm's time"
+    networks, share = results.distinct("network"), "share of LayerNorm's time"
     rms = {network: results.values("RMSNorm saves", network=network) for network in networks}
     found = [
         Claim(
-            f"{network}, {implementation}: RMSNorm saves 7 to 64 % {share}.",
-            f"{SOURCE}, abstract",
-            "saved by RMSNorm",
+            f"RMSNorm saves 7 to 64 % of LayerNorm's time {_place(network)} ({implementation}).",
+            f"implied by {SOURCE}, abstract, of whole models" if _alone(network) else f"{SOURCE}, abstract",
+            f"{share} that RMSNorm saves",
             rms[network],
             0.07,
             0.64,
@@ -146,30 +146,50 @@ def _claims_of(implementation: str, results: Results) -> list[Claim]:
     ]
     found.append(
         Claim(
-            f"{implementation}: the GRU gains more by RMSNorm than the transformer.",
+            f"The GRU gains more by RMSNorm than the transformer ({implementation}).",
             f"{SOURCE}, section 6.1",
-            "saved in the GRU - in the transformer",
+            f"{share} that RMSNorm saves in the GRU, less that in the transformer",
             rms["GRU"] - rms["transformer"],
             low=0,
         )
     )
     if implementation == "torch":
-        alone = networks[max(i for i, network in enumerate(networks) if network.startswith("norm"))]
-        says = f"{alone}, torch: torch's RMSNorm takes longer than its LayerNorm."
-        found.append(Claim(says, "pytorch/pytorch#157345, on a GPU", "saved by RMSNorm", rms[alone], high=0))
+        largest = [network for network in networks if _alone(network)][-1]
+        says = f"torch's RMSNorm takes longer than its LayerNorm {_place(largest)}."
+        found.append(
+            Claim(
+                says,
+                "pytorch/pytorch, issue 157345, which is about a GPU",
+                f"{share} that RMSNorm saves; below 0 it takes longer",
+                rms[largest],
+                high=0,
+            )
+        )
         return found
     found += [
         Claim(
-            f"{network}, {implementation}: pRMSNorm takes less time than RMSNorm.",
+            f"pRMSNorm takes less time than RMSNorm {_place(network)} ({implementation}).",
             f"{SOURCE}, section 6.1: in theory",
-            f"saved by pRMSNorm, p = 6.25 %, - by RMSNorm, {share}",
+            f"{share} that pRMSNorm (p = 6.25 %) saves less that of RMSNorm",
             results.values(f"{FIRST} saves", network=network) - rms[network],
             low=0,
         )
         for network in networks
-        if not network.startswith("norm")
+        if not _alone(network)
     ]
     return found
+
+
+def _alone(network: str) -> bool:
+    """Return whether there is nothing but the norm."""
+    return network.startswith("norm")
+
+
+def _place(network: str) -> str:
+    """Return where the norm is, as a part of a sentence."""
+    if _alone(network):
+        return f"when measured alone on {network.removeprefix('norm, ')}"
+    return f"in the {'convolutional network' if network == 'convolution' else network}"
 
 
 def table(results: Results) -> list[dict[str, str]]:

@@ -116,21 +116,21 @@ def test_the_quick_run_finds_what_theory_says(verdicts):
     of = verdicts("half_precision")
     holds = [
         "The square of 1e-4 is 0 in float16.",
-        "float16 loses small x by underflow (eps = 1e-8).",
-        "Squares in float16 lose y where an x reaches 256.",
-        "With statistics in float32 all of float16 is right.",
-        "npnorm is right over both ranges.",
-        "A sum of 2048 in bfloat16 costs more than 10 %.",
-        "Generation 2 makes float32 of bfloat16.",
-        "At size 200, squares in float16 learn nothing.",
+        "In float16 with eps = 1e-8, squares in 16 bits lose y where x is so small that its square is 0.",
+        "In float16, squares in 16 bits lose y as soon as an element of x reaches 256.",
+        "In float16 with eps = 1e-5, statistics in float32 make y right at every size of x.",
+        "npnorm.RMSNorm is right at every size of x in both dtypes.",
+        "In bfloat16 with everything in 16 bits, the sum of 2048 squares makes y wrong by more than 10 %.",
+        "Generation 2 returns float32 for x of bfloat16.",
+        "With activations of size 200, a model whose norms square in float16 learns nothing.",
     ]
     fails = [
         "The square of 1e-4 is 0 in bfloat16.",
-        "float16 loses small x by underflow (eps = 1e-5).",
-        "bfloat16 loses small x by underflow (eps = 1e-5).",
-        "With statistics in float32 all of bfloat16 is right.",
-        "float32 widens the range of bfloat16.",
-        "At size 200, squares in float16 make the loss NaN.",
+        "In float16 with eps = 1e-5, squares in 16 bits lose y where x is so small that its square is 0.",
+        "In bfloat16 with eps = 1e-5, squares in 16 bits lose y where x is so small that its square is 0.",
+        "In bfloat16 with eps = 1e-5, statistics in float32 make y right at every size of x.",
+        "In bfloat16, y is right up to larger x with statistics in float32 than with squares in 16 bits.",
+        "With activations of size 200, squares in float16 make the loss NaN.",
     ]
     assert {says: of[says] for says in holds} == dict.fromkeys(holds, Verdict.HOLDS)
     assert {says: of[says] for says in fails} == dict.fromkeys(fails, Verdict.FAILS)
