@@ -106,8 +106,9 @@ def test_a_study_of_ones_own_runs_from_its_file(tmp_path, capsys):
         r"^```python\n(.*?)^```$", (DOCS / "index.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
     (tmp_path / "lengths.py").write_text(example)
-    main([str(tmp_path / "lengths.py"), "--quick", "--out", str(tmp_path)])
+    main([str(tmp_path / "lengths.py"), "--quick", "--seeds", "4", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
+    assert "; 4 seeds); the claim: 0.999 to 1.001" in printed
     assert "holds: 1, does not hold: 0" in printed
     assert {path.name for path in tmp_path.iterdir()} >= {"lengths.py", "lengths.json", "lengths.svg"}
 

@@ -148,7 +148,7 @@ def test_more_seeds_measure_only_what_is_new(tmp_path):
     run("name", study, study.full, tmp_path, quiet=True)
     results = run("name", study, {"scale": 1.0, "seeds": 4}, tmp_path, quiet=True)
     assert [cell["seed"] for cell in MEASURED[6:]] == [2, 3] * 3
-    assert results.values("seed", x=1).tolist() == [0, 1, 2, 3]  # in the order of the cells, not of measuring
+    assert results.values("x").tolist() == [1] * 4 + [2] * 4 + [3] * 4  # in the order of the cells, not of measuring
 
 
 def test_the_file_has_settings_machine_cells_and_verdicts(tmp_path):
@@ -178,6 +178,12 @@ def test_cells_may_have_what_numpy_and_tuples_have(tmp_path):
         results = run("name", study, study.full, str(tmp_path), quiet=True)
     assert len(MEASURED) == 1
     assert results.values("value", shape=(2, 3), third=third).tolist() == [1.0]
+
+
+def test_cells_that_differ_in_a_late_digit_are_two(tmp_path):
+    study = study_of(cells=lambda settings: [{"x": 1.0, "seed": 0}, {"x": 1.0 + 1e-9, "seed": 0}])
+    run("name", study, study.full, tmp_path, quiet=True)
+    assert len(MEASURED) == len(load("name", tmp_path).lines) == 2
 
 
 def test_what_is_varied_and_what_is_measured_have_different_names(tmp_path):
