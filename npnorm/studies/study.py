@@ -189,7 +189,7 @@ class Claim:
     def interval(self) -> tuple[float, float]:
         """Where the mean lies with a confidence of 95 %, by Student's t; the value itself, if it is exact."""
         values = np.asarray(self.values, float)
-        if self.exact and values.size:
+        if (self.exact and values.size) or self._all_alike:
             return float(values.min()), float(values.max())
         if values.size < 2 or not np.isfinite(values).all():
             return -math.inf, math.inf
@@ -211,13 +211,18 @@ class Claim:
         if self.exact:
             return _short(first) if first == last else f"{_short(first)} to {_short(last)}"
         seeds = f"{values.size} seed{'s' * (values.size != 1)}"
-        if values.size > 1 and np.ptp(values) == 0:
+        if self._all_alike:
             return f"{_short(values[0])} in each of {seeds}"
         mean = float(values.mean()) if values.size else math.nan
         if math.isinf(last):
             return f"{_short(mean)} ({seeds})"
         short = [_short(value, (last - first) / 2) for value in (mean, first, last)]
         return f"{short[0]} (95 %: {short[1]} to {short[2]}; {seeds})"
+
+    @property
+    def _all_alike(self) -> bool:
+        values = np.asarray(self.values, float)
+        return values.size > 1 and bool(np.isfinite(values).all() and values.min() == values.max())
 
     @property
     def bounds(self) -> str:

@@ -71,6 +71,7 @@ def test_the_interval_is_that_of_students_t():
         ([1.0, 1.1, 0.9], {"low": 0.5, "high": 1.5}, Verdict.HOLDS),
         ([1.0, 1.1, 0.9], {"low": 2.0, "high": 3.0}, Verdict.FAILS),
         ([1.0, 3.0], {"low": 0.5}, Verdict.OPEN),  # two seeds that differ decide little
+        ([0.1] * 3, {"low": 0.1}, Verdict.HOLDS),  # though their mean, as it is computed, is not 0.1
         ([1.0], {"low": 0.5}, Verdict.OPEN),
         ([], {"low": 0.5}, Verdict.OPEN),
         ([1.0, math.nan, 1.0], {"low": 0.5}, Verdict.OPEN),
